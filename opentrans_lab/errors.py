@@ -1,0 +1,9 @@
+"""The one exception that a user is meant to see."""
+
+
+class LabError(ValueError):
+    """Something the user can mend: one sentence that names the file, key or layer and the remedy.
+
+    The command line prints the sentence alone and exits with 2; everything else is our bug and
+    keeps its traceback.
+    """

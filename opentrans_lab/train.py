@@ -1,0 +1,239 @@
+"""The one training loop: mini CLIP, pruning and fine-tuning all go through ``fit``.
+
+Set up (optimiser, mask, resume), then loop; nothing else trains in this project. Only this module
+touches accelerate, so the same loop runs on a CPU, a GPU, or many under plain ``torchrun``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .device import bf16_pays, pick, seed_everything
+from .errors import LabError
+from .masks import Mask
+
+Batch = dict
+Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Learning rates are AdamW's; steps are optimiser updates."""
+
+    steps: int
+    """Number of updates in all."""
+    batch_size: int = 16
+    """Images an update, over all processes."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    backbone_lr: float = 1.0
+    """Multiplier of ``lr`` for parameters under ``backbone.``."""
+    weight_decay: float = 0.05
+    """Of matrices and convolutions; vectors (BN, biases, scalars) have none."""
+    schedule: str = "constant"
+    """``"constant"`` or ``"cosine"`` (to zero at the last step)."""
+    warmup: int = 0
+    """Steps of linear warm-up before the schedule."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    precision: str = "auto"
+    """``"bf16"`` (autocast), ``"fp32"``, or ``"auto"``: bf16 where the hardware has it."""
+    seed: int = 0
+    checkpoint_every: int = 200
+    """Steps between checkpoints (with an ``out`` folder)."""
+
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate at ``step``: a function of the step alone."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.schedule == "constant":
+            return 1.0
+        if self.schedule == "cosine":
+            done = (step - self.warmup) / max(1, self.steps - self.warmup)
+            return 0.5 * (1 + math.cos(math.pi * done))
+        raise LabError(f"unknown schedule {self.schedule!r}; use 'constant' or 'cosine'")
+
+
+@dataclass
+class Fit:
+    """What a training run leaves: losses a step, and how fast it went."""
+
+    history: pd.DataFrame = field(repr=False)  # step, loss and its parts, lr
+    images_per_second: float = float("nan")  # of the steps done in this process
+    resumed_at: int = 0
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    batches: Callable[[int], Iterator[Batch]],
+    config: TrainConfig,
+    out: Path | None = None,
+    mask: Mask | None = None,
+    at: Mapping[int, Callable[[nn.Module], None]] | None = None,
+    device: str | torch.device = "auto",
+    title: str = "train",
+) -> Fit:
+    """Train ``model`` in place with AdamW on ``objective(model, batch)["loss"]``.
+
+    Args:
+        objective: returns a dict of scalar tensors; ``loss`` is minimised, the rest is logged.
+        batches: ``batches(start)`` iterates over batches from step ``start`` on; what step s
+            gives must depend on s alone, then resuming is exact.
+        out: folder for checkpoints. If it holds one, training goes on from there: model,
+            optimiser, random state and data position are restored.
+        mask: held after every update.
+        at: actions on the model before a step, by step. When resuming past one, it is called
+            again before anything is loaded, so an action must be repeatable.
+
+    Raises:
+        LabError: the loss is not finite (names the step), or the config is unknown.
+    """
+    # --- set up
+    seed_everything(config.seed)
+    where = pick(device)
+    accelerator = Accelerator(cpu=where.type == "cpu")
+    model.to(accelerator.device).train()
+    optimizer = _optimizer(model, config, accelerator.device)
+    if mask is not None:
+        mask.apply(model)
+        mask.keep(model, optimizer)
+    actions, start, rows = dict(at or {}), 0, []
+    last = _latest(out)
+    if last is not None:
+        start = int(last.name.split("-")[1])
+        for step in sorted(s for s in actions if s < start):
+            actions[step](model)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if last is not None:
+        accelerator.load_state(str(last))
+        rows = json.loads((last / "history.json").read_text())
+    bf16 = _use_bf16(config.precision, accelerator.device)
+
+    # --- fit
+    bar = tqdm(total=config.steps, initial=start, desc=title, unit="step", leave=False,
+               disable=not accelerator.is_main_process)  # fmt: skip
+    began, pending = time.perf_counter(), []
+    stream = batches(start) if start < config.steps else iter(())
+    for step in range(start, config.steps):
+        if step in actions:
+            actions[step](model)
+        batch = _to_device(_shard(next(stream), accelerator), accelerator.device)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * config.rate(step)
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+            losses = objective(wrapped, batch)
+        accelerator.backward(losses["loss"])
+        if config.clip_grad:
+            accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        pending.append({"step": step, "lr": config.lr * config.rate(step)} | _detach(losses))
+
+        done = step + 1
+        save = out is not None and done % config.checkpoint_every == 0
+        if done % 10 == 0 or done == config.steps or save:
+            rows += _log(pending, bar, began, (done - start) * config.batch_size)
+            pending = []
+        if save or (out is not None and done == config.steps):
+            _save(accelerator, out, done, rows)
+    bar.close()
+    accelerator.free_memory()
+    seconds = time.perf_counter() - began
+    speed = (config.steps - start) * config.batch_size / seconds if start < config.steps else 0.0
+    return Fit(pd.DataFrame(rows), speed or float("nan"), start)
+
+
+def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith("backbone."), parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "peak": config.lr * (config.backbone_lr if in_backbone else 1.0),
+                "weight_decay": config.weight_decay if matrix else 0.0,
+            }
+            for (in_backbone, matrix), parameters in sorted(groups.items())
+        ],
+        lr=config.lr,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def _use_bf16(precision: str, device: torch.device) -> bool:
+    if precision not in ("auto", "bf16", "fp32"):
+        raise LabError(f"unknown precision {precision!r}; use 'auto', 'bf16' or 'fp32'")
+    return precision == "bf16" or (precision == "auto" and bf16_pays(device))
+
+
+def _shard(batch: Batch, accelerator: Accelerator) -> Batch:
+    """This process's share of the global batch (vocabularies, which are tuples, stay whole)."""
+    if accelerator.num_processes == 1:
+        return batch
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    return {k: v[mine] if isinstance(v, (Tensor, list)) else v for k, v in batch.items()}
+
+
+def _to_device(value, device: torch.device):
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {k: _to_device(v, device) for k, v in value.items()}
+    return [_to_device(v, device) for v in value] if isinstance(value, list) else value
+
+
+def _detach(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def _log(pending: list[dict], bar: tqdm, began: float, images: int) -> list[dict]:
+    """Turn logged tensors into numbers; here, every few steps, the device is waited for."""
+    rows = [{k: float(v) if isinstance(v, Tensor) else v for k, v in row.items()} for row in pending]
+    bar.update(len(rows))
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            raise LabError(
+                f"the loss is {row['loss']} at step {row['step']}: lower the learning rate, or "
+                "set precision='fp32'; the last checkpoint is from before"
+            )
+    if rows:
+        speed = images / (time.perf_counter() - began)
+        bar.set_postfix_str(f"loss {rows[-1]['loss']:.3f}, {speed:.0f} images/s")
+    return rows
+
+
+def _latest(out: Path | None) -> Path | None:
+    found = list(Path(out).glob("step-*")) if out is not None else []
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _save(accelerator: Accelerator, out: Path, step: int, rows: list[dict]) -> None:
+    """Write ``out/step-N`` whole or not at all, then drop the older ones."""
+    accelerator.wait_for_everyone()
+    final, partial = Path(out) / f"step-{step}", Path(out) / f".partial-{step}"
+    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        (partial / "history.json").write_text(json.dumps(rows))
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in Path(out).glob("step-*"):
+            if old != final:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
