@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,27 @@ def prunable(visual: nn.Module) -> dict[str, nn.Parameter]:
     if FIRST not in weights:
         raise LabError("this is no CLIP ResNet tower: it has no 'conv1.weight'")
     return {name: weight for name, weight in weights.items() if name != FIRST}
+
+
+def locate(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters that a tower's ``names`` mean in ``model``, whichever module holds the tower.
+
+    Raises:
+        LabError: no nested module has them all, or more than one has.
+    """
+    names, parameters = list(names), dict(model.named_parameters())
+    if not names:
+        return {}
+    first = names[0]
+    prefixes = [n.removesuffix(first) for n in parameters if f".{n}".endswith(f".{first}")]
+    prefixes = [p for p in prefixes if all(p + name in parameters for name in names)]
+    if len(prefixes) != 1:
+        kind = f"{len(prefixes)} towers {prefixes}" if prefixes else "no tower"
+        raise LabError(
+            f"{kind} in this model with all of the {len(names)} weights named, such as {first!r}; "
+            "were they named for another backbone?"
+        )
+    return {name: parameters[prefixes[0] + name] for name in names}
 
 
 class Mask(Mapping[str, Tensor]):
@@ -151,17 +172,7 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             LabError: a name is missing, ambiguous, or of another shape (nothing is changed).
         """
-        parameters = dict(model.named_parameters())
-        probe = next(iter(self))
-        prefixes = [n.removesuffix(probe) for n in parameters if f".{n}".endswith(f".{probe}")]
-        prefixes = [p for p in prefixes if all(p + name in parameters for name in self)]
-        if len(prefixes) != 1:
-            kind = "no tower" if not prefixes else f"{len(prefixes)} towers {prefixes}"
-            raise LabError(
-                f"the mask names {len(self)} weights such as {probe!r}, and this model has {kind} "
-                "with all of them; was the mask made for another backbone?"
-            )
-        found = {name: parameters[prefixes[0] + name] for name in self}
+        found = locate(model, self)
         self._same_shapes(found, "the model")
         return found
 

@@ -1,0 +1,1 @@
+"""Segmentation frameworks on a CLIP backbone, one file each; ``frameworks`` lists them."""

@@ -1,0 +1,100 @@
+"""DeepLabV3 with CLIP text embeddings as classifier: the paper's traditional CNN framework."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.segmentation.deeplabv3 import ASPP
+
+from ..backbone import Backbone
+from ..errors import LabError
+from ..scenes import IGNORE
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of the head."""
+
+    channels: int
+    """Of each ASPP branch and of its output."""
+    rates: tuple[int, ...]
+    """Dilations of ASPP's 3x3 branches, in cells of the output stride."""
+    loss_stride: int
+    """The loss reads every n-th pixel in both directions (1: all)."""
+
+
+PRESETS = {
+    "paper": Preset(channels=256, rates=(6, 12, 18), loss_stride=1),
+    "mini": Preset(channels=128, rates=(1, 2, 3), loss_stride=4),
+}
+
+
+class DeepLabV3(nn.Module):
+    """ASPP over the trunk, then pixel embedding x text embedding / learned temperature (Eq. 1).
+
+    Args:
+        backbone: kept as ``self.backbone`` and trained with the head. Its attention pool is not
+            on the path and is frozen.
+        preset: ``"paper"`` or ``"mini"``, the same classes at another width.
+        output_stride: 16 (layer 4 dilated) or 32 (CLIP's own).
+    """
+
+    def __init__(self, backbone: Backbone, preset: str = "paper", output_stride: int = 16) -> None:
+        super().__init__()
+        if preset not in PRESETS:
+            raise LabError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
+        self.preset = PRESETS[preset]
+        self.backbone = backbone
+        set_output_stride(backbone.visual, output_stride)
+        backbone.visual.attnpool.requires_grad_(False)
+        self.aspp = ASPP(backbone.channels[-1], list(self.preset.rates), self.preset.channels)
+        self.project = nn.Conv2d(self.preset.channels, backbone.embed_dim, 1)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1] -> unit pixel embeddings (B, D, h, w)."""
+        return F.normalize(self.project(self.aspp(self.backbone(images)[-1])).float(), dim=1)
+
+    def logits(self, embeddings: Tensor, class_names: Sequence[str]) -> Tensor:
+        """(B, D, h, w) x (C, D) -> (B, C, h, w), scaled cosines."""
+        text = self.backbone.text(tuple(class_names)).to(embeddings)  # (C, D)
+        return torch.einsum("bdhw,cd->bchw", embeddings, text) * self.log_scale.exp().clamp(max=100)
+
+    def loss(self, outputs: Tensor, targets: dict) -> dict[str, Tensor]:
+        """Cross-entropy over the batch's vocabulary; ignored pixels do not count.
+
+        Logits are upsampled to the pixels that the loss reads; labels are never interpolated.
+        """
+        stride = self.preset.loss_stride
+        labels = targets["labels"][:, stride // 2 :: stride, stride // 2 :: stride]  # (B, H, W)
+        logits = self.logits(outputs, targets["names"])
+        logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+        return {"loss": F.cross_entropy(logits.float(), labels, ignore_index=IGNORE)}
+
+    def scores(self, images: Tensor, class_names: Sequence[str]) -> Tensor:
+        """Class scores (B, C, h, w) at the output stride, for any vocabulary."""
+        return self.logits(self(images), class_names)
+
+
+def set_output_stride(visual: nn.Module, output_stride: int) -> None:
+    """Make a CLIP ResNet's last stage keep the resolution of the third (16) or halve it (32).
+
+    CLIP downsamples by average pooling, so stride 16 drops those pools and dilates the 3x3
+    convolutions behind them. No parameter changes its name or shape.
+
+    Raises:
+        LabError: another output stride.
+    """
+    if output_stride not in (16, 32):
+        raise LabError(f"output_stride={output_stride} is not 16 or 32")
+    if output_stride == 16:
+        first, *rest = visual.layer4
+        first.avgpool = nn.Identity()
+        first.downsample[0] = nn.Identity()
+        for block in rest:
+            block.conv2.dilation = block.conv2.padding = (2, 2)

@@ -1,0 +1,323 @@
+"""The lab's experiments as cached stages: prune once, then fine-tune and evaluate, many times.
+
+A stage is a function of its parameters. Its folder ``runs/stages/<stage>/<key>`` is written once;
+notebooks that ask again, or another notebook that needs the same, read it. Notebooks call these
+and hold no logic of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .alpha import layer_alphas
+from .backbone import Backbone, load_backbone
+from .data import load_dataset
+from .evaluate import evaluate
+from .finetune import freeze, select_layers
+from .frameworks import build
+from .masks import Mask
+from .prune import PruneConfig, distill, prune
+from .results import atomic_path, run_key, runs_root
+from .train import TrainConfig, fit
+from .transfer import ROWS, TRAINED, row_mask
+
+_STARTED = time.time()
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What every experiment runs on: the CLIP, the data, the picture size."""
+
+    backbone: str = "mini"
+    checkpoint: str = ""
+    """open_clip tag or path of the CLIP weights; empty for the mini CLIP."""
+    dataset: str = "scenes"
+    data_root: str = ""
+    size: int = 128
+    """Side of the training pictures in pixels (the paper: 512)."""
+    device: str = "auto"
+
+    @property
+    def params(self) -> dict:
+        """What the results depend on (not the device)."""
+        return {key: value for key, value in asdict(self).items() if key != "device"}
+
+    def load(self) -> Backbone:
+        """A fresh dense CLIP backbone."""
+        return load_backbone(self.backbone, self.checkpoint or None, device=self.device)
+
+    def data(self, split: str, **options):
+        """A split of the data set."""
+        return load_dataset(self.dataset, split, self.data_root or None, size=self.size, **options)
+
+    def batches(self, batch_size: int, seed: int, limit: int | None = None) -> Callable:
+        """``batches(start)`` of the training split for ``fit``."""
+        train = self.data("train", limit=limit)
+        return lambda start: train.batches(batch_size, seed=seed, start=start, device=self.device)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One fine-tuning of one framework."""
+
+    framework: str = "deeplabv3"
+    preset: str = "mini"
+    row: str = "dense"
+    """Which weights and mask to start from, see ``transfer.ROWS``."""
+    select: str = "none"
+    """Layers to freeze after the warm-up, see ``finetune.SELECTIONS``."""
+    reshape: str = "slices"
+    rule: str = "csn"
+    warmup: float = 0.2
+    """Share of the steps before alpha is measured and layers are frozen (the paper: 10^4 of
+    5·10^4)."""
+    steps: int = 100
+    batch_size: int = 16
+    lr: float = 1e-3
+    backbone_lr: float = 0.1
+    """Multiplier of ``lr`` for the backbone."""
+    images: int = 0
+    """Fixed training images; 0: all of the data set, for scenes without end."""
+    eval_images: int = 128
+    """Images of each evaluation split; 0: all."""
+    seed: int = 0
+
+
+def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path, dict]:
+    """``work(folder)``'s result, computed unless this stage has it; returns (folder, result).
+
+    Processes that want the same stage wait for the first. With ``OPENTRANS_FORCE`` set, results
+    from before this process are made anew.
+    """
+    folder = runs_root() / "stages" / stage / run_key(params)
+    done = folder / "result.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if os.environ.get("OPENTRANS_FORCE") and done.exists() and done.stat().st_mtime < _STARTED:
+            shutil.rmtree(folder)
+        if not done.exists():
+            result = {"parameters": params, "result": work(folder)}
+            with atomic_path(done) as path:
+                path.write_text(json.dumps(result, indent=2))
+    return folder, json.loads(done.read_text())["result"]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Algorithm 1's result on disk."""
+
+    folder: Path
+    seconds: float
+    """Wall time of the run that made it."""
+
+    @property
+    def mask(self) -> Mask:
+        return Mask.load(self.folder / "mask.safetensors")
+
+    @property
+    def rounds(self) -> pd.DataFrame:
+        """One row a round: round, density, kept, loss, plain, text."""
+        return pd.read_csv(self.folder / "rounds.csv")
+
+    def masks(self) -> list[Mask]:
+        """The mask after each round."""
+        return [Mask.load(p) for p in sorted(self.folder.glob("round_*/mask.safetensors"))]
+
+    def backbone(self, lab: Lab) -> Backbone:
+        """f(x; m⊙θ): the dense CLIP with the pruned tower's weights."""
+        backbone = lab.load()
+        backbone.visual.load_state_dict(load_file(self.folder / "visual.safetensors"))
+        return backbone
+
+
+def prune_stage(lab: Lab, config: PruneConfig) -> Pruned:
+    """Algorithm 1 on ``lab``'s CLIP and training data, once for these parameters."""
+
+    def work(folder: Path) -> dict:
+        began = time.perf_counter()
+        backbone = lab.load()
+        mask, rounds = prune(
+            backbone, lab.batches(config.batch_size, config.seed), config, folder, lab.device
+        )
+        _save_tower(backbone, folder / "visual.safetensors")
+        rounds.to_csv(folder / "rounds.csv", index=False)
+        mask.save(folder / "mask.safetensors")
+        return {"seconds": time.perf_counter() - began}
+
+    folder, result = cached("prune", lab.params | asdict(config), work)
+    return Pruned(folder, result["seconds"])
+
+
+def row_start(lab: Lab, row: str, config: PruneConfig) -> tuple[Backbone, Mask | None]:
+    """The backbone and the mask that ``row`` of the transfer table starts from."""
+    backbone = lab.load()
+    ours = prune_stage(lab, config) if row != "dense" else None
+    mask = row_mask(row, backbone, ours.mask if ours else None, config.seed)
+    if row == "ours":
+        return ours.backbone(lab), mask
+    if row in TRAINED:
+        budget = config.rounds * config.steps
+
+        def work(folder: Path) -> dict:
+            distill(
+                backbone, lab.batches(config.batch_size, config.seed), config, budget, mask,
+                folder / "checkpoints", lab.device,
+            )  # fmt: skip
+            shutil.rmtree(folder / "checkpoints")
+            _save_tower(backbone, folder / "visual.safetensors")
+            return {"steps": budget}
+
+        folder, _ = cached("distill", lab.params | asdict(config) | {"row": row}, work)
+        backbone.visual.load_state_dict(load_file(folder / "visual.safetensors"))
+    return backbone, mask
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A fine-tuned and evaluated model on disk."""
+
+    folder: Path
+    metrics: dict
+    """mIoU in percent: ``seen``, ``unseen``, ``all`` (and ``shifted_...``), frozen weights,
+    loss, images/s."""
+
+    @property
+    def history(self) -> pd.DataFrame:
+        return pd.read_csv(self.folder / "history.csv")
+
+    @property
+    def per_class(self) -> pd.DataFrame:
+        """IoU a class on the evaluation split."""
+        return pd.read_csv(self.folder / "per_class.csv")
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the frozen layers."""
+        path = self.folder / "frozen.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def model(self, lab: Lab, recipe: Recipe) -> nn.Module:
+        """The trained model, in eval mode."""
+        model = build(recipe.framework, lab.load(), recipe.preset)
+        model.load_state_dict(load_file(self.folder / "model.safetensors"))
+        return model.to(next(model.backbone.parameters()).device).eval()
+
+
+def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
+    """Start from a row, fine-tune a framework (freezing what ``select`` says), and evaluate it."""
+
+    def work(folder: Path) -> dict:
+        backbone, mask = row_start(lab, recipe.row, config)
+        model = build(recipe.framework, backbone, recipe.preset)
+        at = {} if recipe.select == "none" else {
+            int(recipe.warmup * recipe.steps): lambda m: _freeze_by_alpha(m, recipe, folder)
+        }  # fmt: skip
+        training = TrainConfig(
+            recipe.steps, recipe.batch_size, recipe.lr, recipe.backbone_lr, schedule="cosine",
+            warmup=recipe.steps // 20, seed=recipe.seed,
+        )  # fmt: skip
+
+        def objective(wrapped: nn.Module, batch: dict) -> dict:
+            return model.loss(wrapped(batch["images"]), batch)
+
+        done = fit(
+            model, objective, lab.batches(recipe.batch_size, recipe.seed, recipe.images or None),
+            training, folder / "checkpoints", mask, at, lab.device,
+            title=f"{recipe.framework}, {recipe.row}, freeze {recipe.select}",
+        )  # fmt: skip
+        metrics = _evaluate(model, lab, recipe, folder)
+        _save_weights(model, folder / "model.safetensors")
+        done.history.to_csv(folder / "history.csv", index=False)
+        shutil.rmtree(folder / "checkpoints")
+        frozen = sum(p.numel() for p in backbone.visual.parameters() if not p.requires_grad)
+        return metrics | {
+            "density": 1.0 if mask is None else mask.density,
+            "frozen_weights": frozen - sum(p.numel() for p in backbone.visual.attnpool.parameters()),
+            "loss": float(done.history["loss"].tail(10).mean()),
+            "images_per_second": done.images_per_second,
+        }
+
+    params = lab.params | asdict(recipe)
+    if recipe.row != "dense":
+        params |= {f"prune_{key}": value for key, value in asdict(config).items()}
+    folder, metrics = cached("segment", params, work)
+    return Segmented(folder, metrics)
+
+
+def transfer_table(
+    lab: Lab, recipe: Recipe, config: PruneConfig, rows: str = " ".join(ROWS)
+) -> pd.DataFrame:
+    """``segment_stage`` for each of the space-separated ``rows``: one line a row, mIoU in %."""
+    lines = []
+    for row in rows.split():
+        result = segment_stage(lab, replace(recipe, row=row), config)
+        lines.append({"row": row, "starts_from": ROWS[row], **result.metrics})
+    return pd.DataFrame(lines)
+
+
+def selection_table(
+    lab: Lab, recipe: Recipe, config: PruneConfig, selects: str, regimes: dict[str, dict]
+) -> pd.DataFrame:
+    """``segment_stage`` for each selection in each regime (changes to ``recipe``)."""
+    lines = []
+    for regime, changes in regimes.items():
+        for select in selects.split():
+            result = segment_stage(lab, replace(recipe, select=select, **changes), config)
+            line = {"regime": regime, "select": select, "layers_frozen": len(result.frozen)}
+            lines.append(line | result.metrics)
+    return pd.DataFrame(lines)
+
+
+def _freeze_by_alpha(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+    """Measure alpha and freeze; the choice is written down, so that a resumed run repeats it."""
+    choice = folder / "frozen.json"
+    if not choice.exists():
+        trunk = {
+            name: module.weight for name, module in model.backbone.visual.named_modules()
+            if isinstance(module, nn.Conv2d)
+        }  # fmt: skip
+        state = {f"{name}.weight": weight.detach() for name, weight in trunk.items()}
+        alphas = layer_alphas(state, reshape=recipe.reshape, rule=recipe.rule)
+        names = select_layers(alphas, recipe.select, seed=recipe.seed)
+        alphas.to_csv(folder / "alphas.csv", index=False)
+        with atomic_path(choice) as path:
+            path.write_text(json.dumps(names))
+    freeze(model, json.loads(choice.read_text()))
+
+
+def _evaluate(model: nn.Module, lab: Lab, recipe: Recipe, folder: Path) -> dict[str, float]:
+    """mIoU in percent on the evaluation split, and on the shifted domain where there is one."""
+    metrics = {}
+    for split, prefix in (("val", ""), ("shifted", "shifted_")):
+        if split == "shifted" and lab.dataset != "scenes":
+            continue
+        data = lab.data(split, limit=recipe.eval_images or None)
+        found = evaluate(model, data, recipe.batch_size, device=lab.device)
+        metrics |= {
+            f"{prefix}all": 100 * found.miou,
+            f"{prefix}seen": 100 * found.miou_seen,
+            f"{prefix}unseen": 100 * found.miou_unseen,
+        }
+        if not prefix:
+            found.per_class.to_csv(folder / "per_class.csv", index=False)
+    return metrics
+
+
+def _save_tower(backbone: Backbone, path: Path) -> None:
+    _save_weights(backbone.visual, path)
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    with atomic_path(path) as partial:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)

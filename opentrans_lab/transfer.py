@@ -1,0 +1,43 @@
+"""The rows of the transfer table: which weights and which mask a framework starts from.
+
+Algorithm 1 returns mask and trained weights, the paper's text speaks of masks, and its *Random*
+starts from CLIP's weights. So mask, weights, layer densities and budget are taken apart here, and
+all rows stand side by side under fixed keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .backbone import Backbone
+from .errors import LabError
+from .masks import Mask
+
+ROWS = {
+    "dense": "CLIP's weights, no mask",
+    "ours": "mask and weights of Algorithm 1",
+    "ours_mask_only": "the same mask on CLIP's weights",
+    "oneshot": "largest magnitudes of CLIP's weights, one shot",
+    "random_layerwise": "random, with our density in each layer",
+    "random_layerwise_kd": "the same, after as many L_KD steps as ours had",
+    "random_global": "random over the whole tower",
+}
+TRAINED = ("ours", "random_layerwise_kd")  # rows whose weights have seen L_KD
+
+
+def row_mask(row: str, backbone: Backbone, ours: Mask | None, seed: int = 0) -> Mask | None:
+    """The mask of a row for a *dense* CLIP ``backbone``; every one keeps exactly as many as ours.
+
+    Raises:
+        LabError: unknown row.
+    """
+    if row not in ROWS:
+        raise LabError(f"unknown row {row!r}; use one of {', '.join(ROWS)}")
+    makers: dict[str, Callable[[], Mask | None]] = {
+        "dense": lambda: None,
+        "oneshot": lambda: Mask.by_magnitude(backbone.visual, ours.kept),
+        "random_layerwise": lambda: Mask.random_layerwise(ours, seed),
+        "random_layerwise_kd": lambda: Mask.random_layerwise(ours, seed),
+        "random_global": lambda: Mask.random_global(backbone.visual, ours.kept, seed),
+    }
+    return makers.get(row, lambda: ours)()
