@@ -18,18 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import scenes
-from .backbone import Backbone, build_mini, embed, load_backbone, mini_tokenizer
+from .backbone import MINI, Backbone, build_mini, embed, load_backbone, mini_tokenizer
 from .device import pick
 from .results import atomic_path
 from .text import TEMPLATES
 from .train import TrainConfig, fit
 
-CONFIG = {
-    "embed_dim": 256,
-    "vision_cfg": {"layers": [2, 2, 2, 2], "width": 24, "image_size": 128},
-    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-    "templates": "scenes",
-}
 SEED_WORLD = 7_000_000  # pretraining scenes share no index space with segmentation data
 
 
@@ -110,7 +104,7 @@ def train_mini(
     config: MiniConfig | None = None,
     out: str | Path = "runs/mini_clip",
     device: str = "auto",
-    clip_config: dict = CONFIG,
+    clip_config: dict = MINI,
 ) -> Path:
     """Train from scratch (or go on from the last checkpoint in ``out``) and export.
 

@@ -1,0 +1,50 @@
+# `make` alone prints this list. Every target makes the environment first, once.
+PYTHON  ?= python3
+MINUTES ?= 60
+BIN     := .venv/bin
+STAMP   := .venv/.installed
+# A kernel named python3 is then always the environment's own, never one from the home folder.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lab lint mini-clip campaign bench clean
+
+help:  ## show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+env: $(STAMP)  ## create .venv and install the project into it
+
+demo: env  ## run all notebooks on the mini lab and build the HTML report
+	@$(BIN)/opentrans-lab run notebooks/grids/demo.yaml; status=$$?; \
+	  $(BIN)/opentrans-lab report && exit $$status
+
+test: env  ## run every test, the notebooks included
+	$(BIN)/python -m pytest
+
+lab: env  ## open JupyterLab in the notebooks folder
+	$(BIN)/jupyter lab notebooks
+
+lint: env  ## check style
+	$(BIN)/ruff check .
+
+mini-clip: env  ## train the mini CLIP from scratch (about 90 minutes on two cores; resumes)
+	$(BIN)/opentrans-lab mini-clip
+
+campaign: env  ## run the large grids for MINUTES minutes (MINUTES=60), going on where it stopped
+	$(BIN)/opentrans-lab campaign --minutes $(MINUTES)
+
+bench: env  ## time the spectral analysis
+	$(BIN)/python tests/bench_alpha.py
+
+clean:  ## remove caches and build products; runs and the environment stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,198 @@
+"""Heavy-tail exponents: how well is each layer trained, judged from its weights alone?
+
+The eigenvalues of W^T W of a trained layer often end in a power law, p(x) ~ x^-alpha for
+x >= xmin (paper, Eq. 2). A small alpha, a heavy tail, tends to mean a well-trained layer.
+
+    from opentrans_lab.alpha import layer_alphas
+    layer_alphas(model).sort_values("alpha")
+
+Four published procedures disagree on which layers that are, so `reshape` (which matrices) and
+`rule` (where the tail begins) are explicit and stand in every row. Stands on torch, numpy and
+pandas alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from torch import Tensor, nn
+
+from .errors import LabError
+from .esd import CONTROLS, RESHAPES, esd, mp_edge, randomise, spectra
+from .layers import layers, read_state_dict
+from .tailfit import RULES, Fit, choose, fit_alpha
+
+__all__ = [
+    "AUTHORS_FROZEN", "CONTROLS", "RESHAPES", "RULES", "AuthorsComparison", "Fit", "alpha_table",
+    "compare_authors", "esd", "fit_alpha", "layer_alphas", "layers", "mp_edge", "randomise",
+    "read_state_dict", "sensitivity", "spectra",
+]
+
+# The authors' own selection on CLIP RN50 (27 of 55 convolutions), read from their public code.
+AUTHORS_FROZEN = tuple(
+    """conv1 conv2 conv3 layer1.0.conv1 layer1.0.conv2 layer1.1.conv2 layer1.1.conv3 layer1.2.conv2
+    layer1.2.conv3 layer2.0.conv1 layer2.0.conv2 layer2.0.downsample.0 layer2.1.conv1
+    layer2.1.conv2 layer2.2.conv2 layer2.2.conv3 layer2.3.conv2 layer2.3.conv3 layer3.0.conv1
+    layer3.0.conv2 layer3.1.conv2 layer3.2.conv2 layer3.3.conv2 layer3.4.conv2 layer3.5.conv2
+    layer4.0.conv2 layer4.2.conv2""".split()
+)
+
+
+def layer_alphas(
+    model: nn.Module | Mapping[str, Tensor],
+    reshape: str = "slices",
+    rule: str = "csn",
+    control: str | None = None,
+    bootstrap: int = 0,
+    seed: int = 0,
+    exclude: Sequence[str] = (),
+    progress: Callable = iter,
+) -> pd.DataFrame:
+    """Alpha of every layer of a module or bare state dict, one row a layer, in model order.
+
+    Args:
+        reshape: see :func:`esd`. rule: see :func:`fit_alpha`.
+        control: fit also a randomised weight of the same shape, ``"permute"`` (same entries,
+            shuffled) or ``"gaussian"``. Alpha depends on shape alone too (a Gaussian matrix has a
+            `mid` alpha from 2.05 if square to 3.5 if 1:4), so a claim about quality needs it.
+        bootstrap: replicates (100 is plenty) that resample the eigenvalues of each layer with
+            replacement; gives `freeze_probability`.
+        exclude: names or prefixes of names to leave out, such as ``"attnpool"``.
+        progress: wraps the iteration over layers, e.g. ``tqdm.auto.tqdm``.
+
+    Returns:
+        name, type, shape ("64x64x3x3"), params, n_evals, alpha, sigma, xmin, D, n_tail,
+        stable_rank (sum / maximum of the eigenvalues), log_norm (log10 of their sum),
+        control_alpha, freeze_probability (share of replicates with alpha strictly below the
+        median of the fitted layers, the authors' freezing criterion), status, reshape, rule.
+        A layer that cannot be fitted has NaN alpha and a status that says why. A status of
+        "small tail" marks a fit on fewer than 20 values: it counts, but look at its sigma.
+    Raises:
+        LabError: unknown reshape, rule or control; nothing to analyse.
+    """
+    choose("rule", rule, RULES)
+    found = [x for x in layers(model) if not any(
+        x.name == e or x.name.startswith(f"{e.removesuffix('.')}.") for e in exclude)]
+    if not found:
+        raise LabError("no weight with two or more axes in this model; nothing to analyse")
+    eigs = spectra(found, reshape, progress=progress)
+    noise = spectra(found, reshape, control, seed, progress) if control else [None] * len(found)
+    rows = []
+    for layer, own, random in zip(found, eigs, noise, strict=True):
+        fitted = isinstance(own, np.ndarray)
+        fit = fit_alpha(own, rule) if fitted else Fit(status=own)
+        rows.append(dict(
+            name=layer.name,
+            type=layer.type,
+            shape="x".join(map(str, layer.tensor.shape)),
+            params=layer.tensor.numel(),
+            n_evals=len(own) if fitted else 0,
+            alpha=fit.alpha, sigma=fit.sigma, xmin=fit.xmin, D=fit.D, n_tail=fit.n_tail,
+            stable_rank=own.sum() / own[-1] if fitted else math.nan,
+            log_norm=math.log10(own.sum()) if fitted else math.nan,
+            control_alpha=fit_alpha(random, rule).alpha if isinstance(random, np.ndarray)
+            else math.nan,
+            freeze_probability=math.nan,
+            status=fit.status, reshape=reshape, rule=rule,
+        ))
+    table = pd.DataFrame(rows)
+    if bootstrap:
+        usable = [own if np.isfinite(a) else None for own, a in zip(eigs, table.alpha, strict=True)]
+        table["freeze_probability"] = _freeze_probability(usable, rule, bootstrap, seed, progress)
+    return table
+
+
+def _freeze_probability(eigs: Sequence[np.ndarray | None], rule: str, replicates: int, seed: int,
+                        progress: Callable) -> np.ndarray:
+    """Share of bootstrap replicates in which each layer lies strictly below the median alpha."""
+    generator = np.random.default_rng(seed)
+    alphas = np.full((replicates, len(eigs)), np.nan)
+    for k in progress(range(len(eigs))):
+        if eigs[k] is not None:
+            for r in range(replicates):
+                alphas[r, k] = fit_alpha(generator.choice(eigs[k], len(eigs[k])), rule).alpha
+    fitted = np.array([own is not None for own in eigs])
+    if not fitted.any():
+        return np.full(len(eigs), np.nan)
+    below = alphas < np.nanmedian(alphas[:, fitted], axis=1, keepdims=True)
+    return np.where(fitted, below.mean(axis=0), np.nan)
+
+
+def alpha_table(target: str | Path | nn.Module | Mapping[str, Tensor], prefix: str = "",
+                **options) -> pd.DataFrame:
+    """:func:`layer_alphas` of a model, a state dict or a checkpoint *file*, which is read without
+    building its model. `prefix` keeps the keys below it, e.g. ``"visual."`` of a whole CLIP.
+    """
+    if isinstance(target, (str, Path)):
+        target = read_state_dict(target, prefix)
+    return layer_alphas(target, **options)
+
+
+def sensitivity(model: nn.Module | Mapping[str, Tensor], reshapes: Sequence[str] = RESHAPES,
+                rules: Sequence[str] = RULES, exclude: Sequence[str] = ()) -> pd.DataFrame:
+    """How much the choice of reshape and rule moves the ranking: every ordered pair of choices.
+
+    Returns:
+        one row a pair: a, b ("slices+csn"), spearman (rank correlation of alpha), layers and
+        params that change sides when the half with alpha strictly below the median is frozen,
+        frozen (size of that half under a). Only layers that both could fit are compared.
+    """
+    tables = {f"{reshape}+{rule}": layer_alphas(model, reshape, rule, exclude=exclude)
+              for reshape in reshapes for rule in rules}
+    rows = []
+    for (a, left), (b, right) in itertools.product(tables.items(), repeat=2):
+        both = left.alpha.notna() & right.alpha.notna()
+        x, y = left.alpha[both], right.alpha[both]
+        changed = (x < x.median()) != (y < y.median())
+        rows.append(dict(
+            a=a, b=b, spearman=x.rank().corr(y.rank()), layers=int(changed.sum()),
+            params=int(left.params[both][changed].sum()), frozen=int((x < x.median()).sum()),
+        ))
+    return pd.DataFrame(rows)
+
+
+class AuthorsComparison(NamedTuple):
+    """Our frozen half of CLIP RN50 beside the authors' published one."""
+
+    shared: int  # layers that both freeze
+    frozen: int  # layers that the authors freeze: 27
+    chance: float  # shared by a random half, on average
+    p_value: float  # chance of sharing at least as many
+    table: pd.DataFrame  # name, alpha, frozen, authors_frozen
+
+    def __str__(self) -> str:
+        return (f"{self.shared} of the authors' {self.frozen} frozen layers are in our frozen half "
+                f"({self.chance:.1f} expected by chance, p = {self.p_value:.1e})")
+
+
+def compare_authors(table: pd.DataFrame) -> AuthorsComparison:
+    """Compare alphas of CLIP RN50 with the authors' list of 27 frozen layers (of 55).
+
+    The authors' own choice is ``reshape="slices", rule="peak_official"``, frozen strictly below
+    the median. The list says something about OpenAI's real weights only.
+
+    Args:
+        table: of :func:`layer_alphas`; names may carry a ``visual.`` prefix.
+    Raises:
+        LabError: the table lacks layers of RN50, or some of them could not be fitted.
+    """
+    rows = table[table.type == "conv2d"][["name", "alpha"]].copy()
+    rows["name"] = rows.name.str.replace(r"^.*visual\.", "", regex=True)
+    missing = sorted(set(AUTHORS_FROZEN) - set(rows.name[rows.alpha.notna()]))
+    if missing or len(rows) != 55:
+        what = f"no alpha for {missing[0]}" if missing else f"{len(rows)} convolutions, not 55"
+        raise LabError(f"not the visual tower of CLIP RN50: {what}; use the alphas of RN50")
+    rows["frozen"] = rows.alpha < rows.alpha.median()
+    rows["authors_frozen"] = rows.name.isin(AUTHORS_FROZEN)
+    ours, theirs = int(rows.frozen.sum()), len(AUTHORS_FROZEN)
+    shared = int((rows.frozen & rows.authors_frozen).sum())
+    ways = [math.comb(theirs, k) * math.comb(55 - theirs, ours - k) for k in range(ours + 1)]
+    p_value = sum(ways[shared:]) / sum(ways)
+    rows = rows.reset_index(drop=True)
+    return AuthorsComparison(shared, theirs, ours * theirs / 55, p_value, rows)

@@ -1,0 +1,148 @@
+"""``opentrans-lab``: thin commands over the library. Exit code 0, 1 (a run failed), 2 (mend this).
+
+Each command imports what it needs when it runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import (
+    FlagCreatePairsOff,
+    OmitArgPrefixes,
+    OmitSubcommandPrefixes,
+    Positional,
+    UseAppendAction,
+    arg,
+)
+from tyro.conf import subcommand as named
+
+from . import __version__
+from .errors import LabError
+
+Parameters = UseAppendAction[tuple[tuple[str, str], ...]]
+
+
+@dataclass
+class RunCommand:
+    """Run a notebook (.ipynb) or a grid of them (.yaml); finished runs are not run again."""
+
+    target: Positional[Path]
+    """Such as notebooks/03_transfer.ipynb or notebooks/grids/demo.yaml."""
+    parameters: Annotated[
+        Parameters, arg(name="parameter", aliases=["-p"], metavar="NAME VALUE")
+    ] = ()
+    """A parameter of the notebook; repeat for more."""
+    force: bool = False
+    """Also what has finished before; old results go when the new ones are complete."""
+
+    def __call__(self) -> int:
+        from .batch import outcome, run_grid, run_notebook
+        from .grids import load_grid
+
+        if self.target.suffix in (".yaml", ".yml"):
+            if self.parameters:
+                raise LabError(f"-p goes with a notebook; write parameters into {self.target}")
+            return _exit_code(run_grid(load_grid(self.target), self.force))
+        result = run_notebook(self.target, dict(self.parameters), self.force)
+        if result.users:
+            raise LabError(result.error)
+        print(f"{self.target.stem}: {outcome(result)}\n{result.folder}")
+        return _exit_code([result])
+
+
+@dataclass
+class ReportCommand:
+    """Write one static HTML site from all runs; needs no network to be read."""
+
+    out: Path | None = None
+    """Folder of the site (default: report in the folder of runs)."""
+
+    def __call__(self) -> int:
+        from .report import build_report
+
+        print(f"report: {build_report(self.out)}")
+        return 0
+
+
+@dataclass
+class CampaignCommand:
+    """Run the large grid in slices: stops cleanly when time is up, and goes on the next time."""
+
+    minutes: float = 60.0
+    """After this no further run is started."""
+    grid: Path = Path("notebooks/grids/campaign.yaml")
+    """What to run, in the order of importance."""
+
+    def __call__(self) -> int:
+        from .batch import run_grid
+        from .grids import load_grid
+        from .report import build_report
+
+        code = _exit_code(run_grid(load_grid(self.grid), deadline=self.minutes))
+        print(f"report: {build_report()}")
+        return code
+
+
+@dataclass
+class MiniClipCommand:
+    """Train the mini CLIP from scratch on procedural scenes; resumes where it stopped."""
+
+    steps: int | None = None
+    """Optimiser steps (default: as many as the shipped weights have seen)."""
+    out: Path = Path("runs/mini_clip")
+    """Folder for checkpoints, weights, configuration and card."""
+    device: str = "auto"
+    """A torch device."""
+
+    def __call__(self) -> int:
+        from .mini_clip import MiniConfig, train_mini
+
+        config = MiniConfig() if self.steps is None else MiniConfig(steps=self.steps)
+        print(f"mini CLIP: {train_mini(config, out=self.out, device=self.device)}")
+        return 0
+
+
+Command = (
+    Annotated[RunCommand, named("run")]
+    | Annotated[ReportCommand, named("report")]
+    | Annotated[CampaignCommand, named("campaign")]
+    | Annotated[MiniClipCommand, named("mini-clip")]
+)
+
+
+def _exit_code(results: list) -> int:
+    failed = [result for result in results if result.status == "failed"]
+    return 0 if not failed else 2 if all(result.users for result in failed) else 1
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point; ``args`` replaces the command line."""
+    args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
+        print(f"opentrans-lab {__version__}")
+        return
+    command = tyro.cli(
+        FlagCreatePairsOff[OmitArgPrefixes[OmitSubcommandPrefixes[Command]]],
+        prog="opentrans-lab",
+        description="Transferable and principled efficiency for open-vocabulary segmentation."
+        f" Version {__version__}.",
+        args=args,
+    )
+    try:
+        code = command()
+    except LabError as error:
+        print(f"opentrans-lab: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("opentrans-lab: stopped; finished runs are kept", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

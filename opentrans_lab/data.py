@@ -1,0 +1,111 @@
+"""Data sets by their key: ``load_dataset("scenes", "val")``. What they yield: see ``loader``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import scenes
+from .device import pick
+from .errors import LabError
+from .layouts import CocoPanoptic, Folder
+from .loader import Batch, Dataset, check_split
+from .scenes import IGNORE
+
+__all__ = ["DATASETS", "IGNORE", "Batch", "Dataset", "Scenes", "load_dataset"]
+
+
+def load_dataset(
+    dataset: str,
+    split: str = "train",
+    data_root: str | Path | None = None,
+    size: int | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    """Open one split of a data set by its key in ``DATASETS``.
+
+    Args:
+        split: ``train`` or ``val``; ``scenes`` also has ``shifted``, and ``folder`` has whatever
+            folders lie in ``images/``.
+        data_root: the data set's folder; else the environment variable OPENTRANS_DATA, for
+            ``coco`` also DETECTRON2_DATASETS.
+        size: side of the square training images (default 512, ``scenes`` 128). In evaluation the
+            shorter side of the image (default: as it is on disk).
+        limit: use the first ``limit`` samples only. Scenes in training are endless without it.
+
+    Empty values (``None``, 0, ``""``) mean the default.
+
+    Raises:
+        LabError: unknown data set or split, or files that are missing or contradict each other.
+    """
+    if dataset not in DATASETS:
+        raise LabError(f"unknown dataset {dataset!r}; valid: {', '.join(DATASETS)}")
+    for name, value in {"size": size, "limit": limit}.items():
+        if value and value < 0:
+            raise LabError(f"{name}={value} must be positive, or 0 for the default")
+    return DATASETS[dataset](split, data_root or None, size or None, limit or None)
+
+
+class Scenes(Dataset):
+    """The procedural world, rendered on the device that asks for it.
+
+    ``train`` shows seen names only, and its vocabulary holds no other. ``val`` and ``shifted``
+    (other backgrounds, noise and scales) have all 200 names. No scene is in two splits.
+    """
+
+    SPLITS = {"train": ("base", "seen"), "val": ("base", "all"), "shifted": ("shifted", "all")}
+    ALL = 2**31  # scenes of one world that are told apart
+    EVALUATED = 512  # without a limit
+
+    def __init__(self, split: str, data_root: object, size: int | None, limit: int | None) -> None:
+        check_split(split, self.SPLITS, "scenes")
+        self.split, self.size = split, size or 128
+        self.world = 1 + list(self.SPLITS).index(split)
+        self.domain, self.pool = self.SPLITS[split]
+        self.endless = split == "train" and limit is None
+        self.length = limit or (self.ALL if self.endless else self.EVALUATED)
+        seen = torch.tensor(scenes.SEEN)
+        kept = seen if self.pool == "seen" else torch.ones_like(seen)
+        self.names = tuple(n for n, k in zip(scenes.CLASSES, kept.tolist(), strict=True) if k)
+        self.seen = seen[kept]
+        self.ids = torch.where(kept, kept.cumsum(0) - 1, IGNORE)  # index into CLASSES -> class id
+        amount = "endless" if self.endless else f"{self.length} images"
+        self.title = f"mini lab scenes ({split}, {amount})"
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        train: bool = True,
+        device: str | torch.device = "cpu",
+    ) -> Iterator[Batch]:
+        device = pick(device)
+        ids = torch.cat([self.ids, torch.tensor([IGNORE])]).to(device)  # label -1 -> the last
+        if train and self.endless:
+            indices = (
+                np.random.default_rng([seed, 0, step]).integers(self.ALL, size=batch_size).tolist()
+                for step in count(start)
+            )
+        else:
+            keys = self._keys(batch_size, seed, start, train)
+            indices = ([index for index, _ in step] for step in keys)
+        for chosen in indices:
+            drawn = scenes.render(
+                chosen, self.size, self.world, self.domain, self.pool, device=device
+            )
+            yield {
+                "images": drawn.images,
+                "labels": ids[drawn.labels],
+                "masks": drawn.masks,
+                "classes": [ids[c] for c in drawn.classes],
+                "names": self.names,
+                "files": [f"{self.split}/{index:010d}" for index in chosen],
+            }
+
+
+DATASETS = {"scenes": Scenes, "coco": CocoPanoptic, "folder": Folder}

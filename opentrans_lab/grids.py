@@ -1,0 +1,136 @@
+"""Which notebooks to run with which parameters: names checked, values typed, lists multiplied out.
+
+A mistyped parameter would only make papermill warn; here it is an error that lists the valid names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from ast import literal_eval
+from pathlib import Path
+from typing import NamedTuple
+
+import papermill
+import yaml
+
+from .errors import LabError
+
+GRID_KEYS = {"runs", "defaults", "outermost"}
+
+
+class Job(NamedTuple):
+    """A notebook and the parameters given for it; the others are the notebook's defaults."""
+
+    notebook: Path
+    parameters: dict
+
+
+def defaults(notebook: Path | str) -> dict:
+    """Names and default values of a notebook's ``parameters`` cell; empty where it has none.
+
+    Raises:
+        LabError: no such notebook, not a notebook, or a default that is no literal.
+    """
+    notebook = Path(notebook)
+    if not notebook.is_file():
+        near = sorted(p.name for p in notebook.parent.glob("*.ipynb"))
+        raise LabError(f"no notebook {notebook}" + (f"; there are: {', '.join(near)}" * bool(near)))
+    try:
+        found = papermill.inspect_notebook(notebook)
+    except (ValueError, KeyError) as error:
+        raise LabError(f"{notebook} is not a readable notebook ({error})") from error
+    try:
+        return {name: literal_eval(parameter["default"]) for name, parameter in found.items()}
+    except (ValueError, SyntaxError) as error:
+        raise LabError(f"{notebook}: its parameters cell must hold literals only") from error
+
+
+def complete(notebook: Path | str, given: dict) -> dict:
+    """All parameters of a notebook: its defaults, with ``given`` in the defaults' types.
+
+    Raises:
+        LabError: an unknown name (with the valid ones) or a value of another type.
+    """
+    known = defaults(notebook)
+    for name in given.keys() - known.keys():
+        raise LabError(f"{Path(notebook).name} has no parameter {name!r}{_choices(name, known)}")
+    return known | {name: _typed(name, value, known[name]) for name, value in given.items()}
+
+
+def _choices(name: str, known: dict) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{hint} valid names: {', '.join(known) or 'none'}"
+
+
+def _typed(name: str, value, default):
+    """``value`` (from a command line or YAML) in the type of the notebook's ``default``."""
+    kind = type(default)
+    if default is None or type(value) is kind:
+        return value
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if not isinstance(value, bool):
+            if kind is int and (isinstance(value, str) or value.is_integer()):
+                return int(value)
+            if kind is float or kind is str and isinstance(value, (int, float)):
+                return kind(value)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise LabError(f"parameter {name!r} takes a {kind.__name__} such as {default!r}, not {value!r}")
+
+
+def load_grid(path: Path | str) -> list[Job]:
+    """The jobs of a grid file, in order; a list of values means one job for each.
+
+    ::
+
+        defaults: {dataset: scenes}      # for every notebook that has the parameter
+        outermost: seed                  # all of seed 0 first, then all of seed 1, …
+        runs:
+          - 00_index
+          - notebook: 03_transfer
+            parameters: {seed: [0, 1, 2], density: [0.1, 0.2]}
+
+    A notebook is named relative to the grid's folder or the folder above it.
+
+    Raises:
+        LabError: no such file, not YAML, an unknown key, notebook or parameter.
+    """
+    path = Path(path)
+    try:
+        grid = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise LabError(f"no grid {path}; give a .yaml of notebooks/grids") from error
+    except yaml.YAMLError as error:
+        raise LabError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(grid, dict) or not grid.get("runs") or grid.keys() - GRID_KEYS:
+        raise LabError(f"{path} must hold `runs` and may hold `defaults` and `outermost`")
+    shared = grid.get("defaults") or {}
+    jobs, used = [], set()
+    for entry in grid["runs"]:
+        entry = {"notebook": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or entry.keys() - {"notebook", "parameters"}:
+            raise LabError(f"{path}: {entry!r} must hold `notebook` and may hold `parameters`")
+        notebook = _find(str(entry.get("notebook")), path)
+        known = defaults(notebook)
+        used |= known.keys() & shared.keys()
+        given = {k: v for k, v in shared.items() if k in known} | (entry.get("parameters") or {})
+        lists = [v if isinstance(v, list) else [v] for v in given.values()]
+        for values in itertools.product(*lists):
+            jobs.append(Job(notebook, dict(zip(given, values, strict=True))))
+    if unused := shared.keys() - used:
+        raise LabError(f"{path}: no notebook has the parameters {', '.join(sorted(unused))}")
+    if outermost := grid.get("outermost"):
+        jobs.sort(key=lambda job: complete(*job).get(outermost, 0))
+    return jobs
+
+
+def _find(name: str, grid: Path) -> Path:
+    candidates = [folder / f"{name}.ipynb" for folder in (grid.parent, grid.parent.parent)]
+    found = next((p for p in candidates if p.is_file()), None)
+    if found is None:
+        raise LabError(f"{grid}: no notebook {name!r} in {grid.parent} or the folder above it")
+    return found

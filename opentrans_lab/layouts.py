@@ -1,0 +1,238 @@
+"""Layouts: one small class for each way that label files lie on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .errors import LabError
+from .loader import FileDataset, check_split, open_picture
+from .scenes import IGNORE
+
+CLASS_NAMES = Path(__file__).parents[1] / "data" / "class_names"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+UNKNOWN = -2  # a label value that no class list explains
+
+
+class CocoPanoptic(FileDataset):
+    """COCO-Panoptic 133 as downloaded (``data_root`` or ``data_root/coco``).
+
+    Crowd segments count as labels but are no regions. Pixels of no segment are ignored.
+    """
+
+    LAYOUT = (
+        "COCO-Panoptic needs annotations/panoptic_{split}2017.json, the PNG folder "
+        "panoptic_{split}2017/ in annotations/ or beside the images, and {split}2017/*.jpg; "
+        "official source: https://cocodataset.org/#download"
+    )
+
+    def __init__(
+        self, split: str, data_root: str | Path | None, size: int | None, limit: int | None
+    ) -> None:
+        check_split(split, ("train", "val"), "coco")
+        layout = self.LAYOUT.format(split=split)
+        root = _root("coco", data_root, ("OPENTRANS_DATA", "DETECTRON2_DATASETS"), layout)
+        root = root if (root / "annotations").is_dir() else root / "coco"
+        folder = f"panoptic_{split}2017"
+        index = root / "annotations" / f"{folder}.json"
+        places = root / "annotations" / folder, root / folder
+        pngs = next((p for p in places if p.is_dir()), places[0])
+        for path in (index, pngs, root / f"{split}2017"):
+            if not path.exists():
+                raise LabError(f"{path} is missing: {layout}")
+
+        classes = read_class_names("coco")
+        self.names = tuple(row["prompts"].split("|")[0] for row in classes)
+        self.seen = torch.ones(len(classes), dtype=torch.bool)
+        images, labels, tables = _read_panoptic(index, {int(r["label"]): r for r in classes}, limit)
+        self.images = _present(root / f"{split}2017", images, index)
+        self.labels = _present(pngs, labels, index)
+        # One array for all images: workers share it, where a list of objects would be copied.
+        self.tables = np.concatenate(tables)
+        self.ends = np.cumsum([len(t) for t in tables])
+        self.size, self.length = size, len(self.images)
+        self.title = f"COCO-Panoptic 133 ({split}, {self.length} images)"
+
+    def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
+        path, end = Path(self.labels[index]), self.ends[index]
+        table = self.tables[self.ends[index - 1] if index else 0 : end]  # (S, 3), by segment id
+        picture = open_picture(path)
+        if picture.mode != "RGB":
+            raise LabError(f"{path} has mode {picture.mode}; panoptic labels are RGB pictures")
+        rgb = np.asarray(picture).astype(np.int32)  # (H, W, 3)
+        found = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+        ids = np.append(table[:, 0], 2**24).astype(np.int32)  # the last one is no pixel's
+        at = np.searchsorted(ids, found).astype(np.int32)
+        return np.where(ids[at] == found, at, -1), table[:, 1], table[:, 2] == 0, path
+
+
+def _read_panoptic(
+    index: Path, classes: dict[int, dict[str, str]], limit: int | None
+) -> tuple[list[str], list[str], list[np.ndarray]]:
+    """Image names, PNG names and tables (S, 3) of segment id, class id, crowd; sorted by id."""
+    try:
+        content = json.loads(index.read_text())
+        pictures = {image["id"]: image["file_name"] for image in content["images"]}
+        annotations = content["annotations"]
+        labelled = {a["image_id"]: a["file_name"] for a in annotations}
+        names = {c["id"]: c["name"] for c in content["categories"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise LabError(f"{index} is not a COCO-Panoptic index ({error!r}); get it again") from error
+    for key, name in names.items():
+        if key not in classes or classes[key]["name"] != name:
+            raise LabError(
+                f"{index} lists category {key} {name!r}, which is none of COCO-Panoptic's 133; "
+                "bring other data sets as dataset='folder'"
+            )
+    if lonely := sorted(labelled.keys() - pictures.keys()):
+        raise LabError(f"{index} labels image {lonely[0]}, which its list of images lacks")
+    if bare := sorted(pictures.keys() - labelled.keys()):
+        raise LabError(f"{index} has no annotation for image {pictures[bare[0]]}")
+    if not annotations:
+        raise LabError(f"{index} lists no image: the split is empty")
+
+    images, labels, tables = [], [], []
+    for annotation in annotations[:limit]:
+        rows = []
+        for segment in annotation["segments_info"]:
+            if segment["category_id"] not in classes:
+                raise LabError(
+                    f"{index}, {annotation['file_name']}: category {segment['category_id']} "
+                    "is none of COCO-Panoptic's 133"
+                )
+            contiguous = int(classes[segment["category_id"]]["id"])
+            rows.append((segment["id"], contiguous, segment.get("iscrowd", 0)))
+        images.append(pictures[annotation["image_id"]])
+        labels.append(annotation["file_name"])
+        tables.append(np.array(sorted(rows), dtype=np.int64).reshape(-1, 3))
+    return images, labels, tables
+
+
+class Folder(FileDataset):
+    """Anyone's own data: ``images/{split}/``, ``labels/{split}/*.png`` and ``classes.csv``.
+
+    Labels are pictures of one channel, 8 or 16 bit, that hold the ids of ``classes.csv`` (id,
+    name, and optionally ignore = 0 or 1); 255 in 8 bit and 65535 in 16 bit are always ignored.
+    Each class that is present is one region.
+    """
+
+    LAYOUT = "a folder data set has images/{split}/, labels/{split}/*.png and classes.csv"
+
+    def __init__(
+        self, split: str, data_root: str | Path | None, size: int | None, limit: int | None
+    ) -> None:
+        root = _root("folder", data_root, ("OPENTRANS_DATA",), self.LAYOUT)
+        if not (root / "images").is_dir():
+            raise LabError(f"{root / 'images'} is missing: {self.LAYOUT}")
+        check_split(split, sorted(p.name for p in (root / "images").iterdir() if p.is_dir()), root)
+        self.root = root
+        self.names, self.values = _read_classes(root / "classes.csv")
+        self.seen = torch.ones(len(self.names), dtype=torch.bool)
+        found = [
+            path
+            for path in sorted((root / "images" / split).iterdir())
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        ]
+        if not found:
+            raise LabError(f"{root / 'images' / split} holds no images: the split is empty")
+        self.images = [str(path) for path in found[:limit]]
+        names = [f"{path.stem}.png" for path in found[:limit]]
+        if not (root / "labels" / split).is_dir():
+            raise LabError(f"{root / 'labels' / split} is missing: {self.LAYOUT}")
+        self.labels = _present(root / "labels" / split, names, root / "images" / split)
+        self.size, self.length = size, len(self.images)
+        self.title = f"{root.resolve().name} ({split}, {self.length} images)"
+
+    def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
+        path = Path(self.labels[index])
+        raw = np.asarray(open_picture(path))
+        if raw.ndim != 2:
+            raise LabError(f"{path} is a colour picture; labels have one channel of class ids")
+        table = self.values.copy()
+        table[255 if raw.dtype.itemsize == 1 else 65535] = IGNORE
+        found = table[raw.astype(np.int32).clip(0, 65535)]
+        if (found == UNKNOWN).any():
+            value = int(raw[found == UNKNOWN][0])
+            raise LabError(
+                f"{path} holds the label value {value}, which {self.root / 'classes.csv'} does "
+                "not list; add it there (with ignore = 1 if it is no class)"
+            )
+        return found, np.arange(len(self.names)), np.ones(len(self.names), dtype=bool), path
+
+
+def _read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names in the order of their ids, and a table (65536,) int32 from label value to class id."""
+    rows = _read_csv(path, ("id", "name"))
+    flags = {"": False, "0": False, "false": False, "1": True, "true": True}
+    entries: dict[int, tuple[str, bool]] = {}
+    for line, row in enumerate(rows, start=2):
+        number, name = (row["id"] or "").strip(), (row["name"] or "").strip()
+        ignore = flags.get((row.get("ignore") or "").strip().lower())
+        if not number.isdecimal() or int(number) > 65535 or not name or ignore is None:
+            raise LabError(
+                f"{path}, line {line}: expected an id of 0 to 65535, a name, and ignore empty, 0 "
+                f"or 1, but found {','.join(str(v) for v in row.values())!r}"
+            )
+        if int(number) in entries:
+            raise LabError(f"{path}, line {line}: the id {number} is there twice")
+        entries[int(number)] = name, ignore
+    table, names = np.full(65536, UNKNOWN, dtype=np.int32), []
+    for number, (name, ignore) in sorted(entries.items()):
+        table[number] = IGNORE if ignore else len(names)
+        names += [] if ignore else [name]
+    if not names:
+        raise LabError(f"{path} lists no class that is not ignored")
+    return tuple(names), table
+
+
+# --- shared by the layouts ----------------------------------------------------------------------
+
+
+def read_class_names(benchmark: str) -> list[dict[str, str]]:
+    """Rows of ``data/class_names/<benchmark>.csv``: id, name, prompts, kind, label.
+
+    ``prompts`` are separated by ``|``, ``kind`` is thing or stuff, and ``label`` is the value in
+    the official label files.
+    """
+    return _read_csv(CLASS_NAMES / f"{benchmark}.csv", ("id", "name", "prompts", "kind", "label"))
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [c for c in columns if c not in (reader.fieldnames or ())]
+            rows = [] if missing else list(reader)
+    except FileNotFoundError:
+        raise LabError(f"{path} is missing; it lists the classes ({', '.join(columns)})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise LabError(f"{path} is not a UTF-8 comma-separated table ({error})") from error
+    if missing:
+        raise LabError(f"{path} has no column {missing[0]!r}; its first line must name it")
+    return rows
+
+
+def _root(key: str, given: str | Path | None, variables: tuple[str, ...], layout: str) -> Path:
+    sources = {"data_root": given} | {v: os.environ.get(v) for v in variables}
+    for source, value in sources.items():
+        if value:
+            if not Path(value).expanduser().is_dir():
+                raise LabError(f"{source}={value} is not a folder: {layout}")
+            return Path(value).expanduser()
+    others = " or ".join(variables)
+    raise LabError(f"dataset={key!r} needs data_root (or the variable {others}): {layout}")
+
+
+def _present(folder: Path, names: list[str], lists: Path) -> list[str]:
+    """Paths of all ``names``, checked with one look at the folder."""
+    there = {entry.name for entry in os.scandir(folder)}
+    missing = [name for name in names if name not in there]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise LabError(f"{folder / missing[0]} is missing{more}, but {lists} asks for it")
+    return [str(folder / name) for name in names]

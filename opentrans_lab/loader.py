@@ -1,0 +1,247 @@
+"""Batches: what every data set yields, and how files become it.
+
+A batch is a dict::
+
+    images   (B, 3, h, w) float32 in [0, 1]
+    labels   (B, H, W) int64 class ids 0..C-1, IGNORE for pixels of no class
+    masks    list of B (K, H, W) bool, one a region, none of them empty
+    classes  list of B (K,) int64, the class id of each region
+    names    tuple of C strings, the vocabulary: class id -> name
+    files    list of B strings
+
+In training h = H and w = W. In evaluation the labels keep the resolution of the file, because the
+benchmarks count there, while the image may be reduced.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from itertools import count, groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from .device import pick
+from .errors import LabError
+from .scenes import IGNORE
+
+TRAIN_SIZE = 512  # the paper's
+GREY = 128  # of the padding: close to CLIP's mean colour
+
+Batch = dict
+Keys = list[tuple[int, int]]  # (sample, its position in the stream, which seeds its augmentation)
+
+
+class Dataset:
+    """What every data set offers. Subclasses set the attributes and implement ``batches``."""
+
+    title: str  # for tables: which data, which split, how many images
+    names: tuple[str, ...]  # one prompt a class
+    seen: Tensor  # (C,) bool: may this class appear in segmentation training?
+    size: int | None
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        train: bool = True,
+        device: str | torch.device = "cpu",
+    ) -> Iterator[Batch]:
+        """Batches from step ``start`` on.
+
+        ``train=True`` never ends: shuffled anew each epoch and augmented, and the batch of step s
+        depends on (seed, s) and the batch size alone. ``train=False`` is one pass in order, not
+        augmented or padded; a batch may be smaller, as it holds images of one size only.
+        """
+        raise NotImplementedError
+
+    def _keys(self, batch_size: int, seed: int, start: int, train: bool) -> Iterator[Keys]:
+        if not train:
+            for first in range(start * batch_size, len(self), batch_size):
+                yield [(i, i) for i in range(first, min(first + batch_size, len(self)))]
+            return
+        epoch, order = -1, np.empty(0)
+        for step in count(start):
+            keys = []
+            for position in range(step * batch_size, (step + 1) * batch_size):
+                if position // len(self) != epoch:
+                    epoch = position // len(self)
+                    order = np.random.default_rng([seed, 0, epoch]).permutation(len(self))
+                keys.append((int(order[position % len(self)]), position))
+            yield keys
+
+
+class FileDataset(Dataset):
+    """Images and labels on disk. A subclass lists the samples and reads one sample's segments.
+
+    The segment map of an image is (H, W) int32: an index into the image's table of segments, -1
+    for none. Labels and masks both follow from it, so it is the only map that is resized.
+    """
+
+    images: list[str]  # paths
+
+    def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
+        """Segment map (H, W) int32, class ids (S,), which are regions (S,) bool, the label file."""
+        raise NotImplementedError
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        train: bool = True,
+        device: str | torch.device = "cpu",
+        workers: int | None = None,
+    ) -> Iterator[Batch]:
+        """As ``Dataset.batches``; ``workers`` processes decode (default: some if there is a GPU).
+
+        Raises:
+            LabError: an image or label file is missing, corrupt or does not fit (names the file).
+        """
+        device = pick(device)
+        if workers is None:
+            workers = 0 if pick().type == "cpu" else min(8, max(1, (os.cpu_count() or 2) - 1))
+        loader = DataLoader(
+            _Reader(self, seed, train),  # type: ignore[arg-type]
+            sampler=self._keys(batch_size, seed, start, train),  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else a loader would advance the global random state
+        )
+        for loaded in loader:
+            if isinstance(loaded, LabError):
+                raise loaded
+            for part in loaded:
+                yield self._annotate(part, device)
+
+    def load(self, index: int, flip: bool, train: bool) -> dict:
+        """One sample: image (3, h, w) uint8, segments (H, W) int32, classes, regions, file."""
+        path = Path(self.images[index])
+        pixels = np.array(open_picture(path).convert("RGB"))
+        found, classes, is_region, label = self.segments(index)
+        if found.shape != pixels.shape[:2]:
+            sizes = " and ".join(f"{w}x{h}" for h, w in (found.shape, pixels.shape[:2]))
+            raise LabError(f"{label} and {path} differ in size ({sizes}); they must be one picture")
+        image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+        mask = tv_tensors.Mask(torch.from_numpy(found))
+        if train:
+            image, mask = fit_square(image, mask, self.size or TRAIN_SIZE, flip)
+        elif self.size:
+            h, w = image.shape[-2:]
+            image = F.resize(image, _scaled(h, w, self.size / min(h, w)), antialias=True)
+        here = np.bincount(mask.numpy().ravel() + 1, minlength=len(classes) + 1)[1:] > 0
+        return {
+            "image": image.as_subclass(Tensor),
+            "segments": mask.as_subclass(Tensor),
+            "classes": classes,
+            "regions": np.flatnonzero(here & is_region),
+            "file": path.name,
+        }
+
+    def _annotate(self, part: dict, device: torch.device) -> Batch:
+        """Finish a batch on the device: what travels to it is small."""
+        segments = part["segments"].to(device, non_blocking=True).long()  # (B, H, W)
+        labels, masks, classes = torch.empty_like(segments), [], []
+        for row, (ids, regions) in enumerate(zip(part["classes"], part["regions"], strict=True)):
+            table = torch.tensor([*ids.tolist(), IGNORE], device=device)  # segment -1 -> the last
+            regions = torch.from_numpy(regions).to(device)
+            labels[row] = table[segments[row]]
+            masks.append(segments[row] == regions[:, None, None])
+            classes.append(table[regions])
+        return {
+            "images": part["images"].to(device, non_blocking=True).float().div_(255),
+            "labels": labels,
+            "masks": masks,
+            "classes": classes,
+            "names": self.names,
+            "files": part["files"],
+        }
+
+
+class _Reader:
+    """What a worker runs: keys of one step -> batches of equal size, or the user's error."""
+
+    def __init__(self, dataset: FileDataset, seed: int, train: bool) -> None:
+        self.dataset, self.seed, self.train = dataset, seed, train
+
+    def __getitem__(self, keys: Keys) -> list[dict] | LabError:
+        try:
+            samples = [
+                self.dataset.load(index, _coin(self.seed, position), self.train)
+                for index, position in keys
+            ]
+        except LabError as error:  # returned, as a worker would bury its sentence in a traceback
+            return error
+        groups = groupby(samples, lambda s: (s["image"].shape, s["segments"].shape))
+        return [_collate(list(group)) for _, group in groups]
+
+
+def _coin(seed: int, position: int) -> bool:
+    return bool(np.random.default_rng([seed, 1, position]).integers(2))
+
+
+def _collate(samples: list[dict]) -> dict:
+    return {
+        "images": torch.stack([s["image"] for s in samples]),
+        "segments": torch.stack([s["segments"] for s in samples]),
+        "classes": [s["classes"] for s in samples],
+        "regions": [s["regions"] for s in samples],
+        "files": [s["file"] for s in samples],
+    }
+
+
+def _as_is(loaded: object) -> object:
+    return loaded
+
+
+def fit_square(
+    image: tv_tensors.Image, mask: tv_tensors.Mask, size: int, flip: bool
+) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """Longer side to ``size``, aspect kept, padded right and below; the mask is only picked from.
+
+    image (3, H, W) uint8 -> (3, size, size), padded grey; mask (H, W) -> (size, size), padded
+    with -1. ``nearest-exact`` takes the pixel under the centre: plain nearest would shift the
+    mask against the image by up to half a pixel.
+    """
+    h, w = _scaled(*image.shape[-2:], size / max(image.shape[-2:]))
+    image = F.resize(image, [h, w], antialias=True)
+    picked = F.resize_image(mask[None].as_subclass(Tensor), [h, w], InterpolationMode.NEAREST_EXACT)
+    mask = tv_tensors.Mask(picked[0])
+    if flip:
+        image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
+    padding = [0, 0, size - w, size - h]
+    return F.pad(image, padding, fill=GREY), F.pad(mask, padding, fill=-1)
+
+
+def _scaled(height: int, width: int, scale: float) -> list[int]:
+    return [max(1, round(height * scale)), max(1, round(width * scale))]
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A decoded picture."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except Exception as error:  # Pillow's decoders raise many kinds on a broken file
+        raise LabError(f"{path} cannot be decoded ({error}); restore the file") from error
+
+
+def check_split(split: str, valid: Collection[str], where: object) -> None:
+    if split not in valid:
+        raise LabError(f"{where} has no split {split!r}; valid: {', '.join(valid) or 'none'}")

@@ -1,0 +1,71 @@
+"""Label maps to look at: a colour for every class, the same in every picture."""
+
+from __future__ import annotations
+
+import colorsys
+import hashlib
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from .scenes import IGNORE
+
+
+def colour(name: str) -> tuple[float, float, float]:
+    """An RGB colour in [0, 1] that depends on the class name alone."""
+    digest = hashlib.sha256(name.encode()).digest()
+    hue, light, strength = digest[0] / 256, 0.42 + digest[1] / 1000, 0.65 + digest[2] / 800
+    return colorsys.hls_to_rgb(hue, light, strength)
+
+
+def overlay(image: Tensor, labels: Tensor, names: Sequence[str], opacity: float = 0.65) -> np.ndarray:
+    """The picture with its label map laid over it: (H, W, 3) float in [0, 1].
+
+    image (3, H, W) in [0, 1]; labels (H, W) int64, ignored pixels keep the picture.
+    """
+    picture = image.permute(1, 2, 0).float().cpu().numpy()
+    labels = labels.cpu().numpy()
+    palette = np.array([colour(name) for name in names] + [(0.0, 0.0, 0.0)])
+    shown = np.where(labels == IGNORE, len(names), labels)
+    mixed = (1 - opacity) * picture + opacity * palette[shown]
+    return np.where((labels == IGNORE)[..., None], picture, mixed)
+
+
+def compare(
+    images: Sequence[Tensor],
+    columns: dict[str, Sequence[Tensor]],
+    names: Sequence[str],
+    titles: Sequence[str] = (),
+    most: int = 6,
+) -> Figure:
+    """A row an image: the picture, then one overlay for each column of label maps.
+
+    The legend beside a row names the classes that cover most of its maps.
+    """
+    rows, wide = len(images), len(columns) + 1
+    fig, axes = plt.subplots(
+        rows, wide + 1, figsize=(2.3 * wide + 3.0, 2.4 * rows), squeeze=False,
+        gridspec_kw={"width_ratios": [1] * wide + [1.1], "wspace": 0.04, "hspace": 0.12},
+    )  # fmt: skip
+    for row, image in enumerate(images):
+        axes[row, 0].imshow(image.permute(1, 2, 0).cpu().numpy())
+        for column, (title, maps) in enumerate(columns.items(), 1):
+            axes[row, column].imshow(overlay(image, maps[row], names))
+            if row == 0:
+                axes[row, column].set_title(title, fontsize=10)
+        shown = np.concatenate([maps[row].cpu().numpy().ravel() for maps in columns.values()])
+        ids, counts = np.unique(shown[shown != IGNORE], return_counts=True)
+        top = ids[np.argsort(-counts)][:most]
+        patches = [Patch(color=colour(names[i]), label=names[i]) for i in top]
+        axes[row, wide].legend(handles=patches, loc="center left", frameon=False, fontsize=8)
+        if row < len(titles):
+            axes[row, 0].set_ylabel(titles[row], fontsize=8)
+        for axis in axes[row]:
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    axes[0, 0].set_title("image", fontsize=10)
+    return fig

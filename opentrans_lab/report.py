@@ -1,0 +1,167 @@
+"""One static site from all runs: cards with numbers, tables and figures, and the notebooks' pages.
+
+Everything is copied into the site, so the folder can be zipped, mailed or put on any web server.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from datetime import datetime
+from itertools import groupby
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+from pandas.errors import EmptyDataError
+
+from .errors import LabError
+from .page import BACK, changed_parameters, heading, is_mini_lab, number, render
+from .results import records, revision, runs_root
+
+OURS = 'content="opentrans-lab"'  # in every page of ours: such a folder may be replaced
+ROWS, OPEN_ROWS = 60, 14  # of a table: shown at most, and shown without a click
+
+
+def build_report(out: Path | None = None) -> Path:
+    """Write the site of all finished runs and return its ``index.html``.
+
+    Args:
+        out: folder of the site, ``runs/report`` by default. An older report there is replaced
+            when the new one is complete.
+
+    Raises:
+        LabError: ``out`` holds something that is not a report, or a run's file is damaged.
+    """
+    out = Path(out) if out else runs_root() / "report"
+    index = out / "index.html"
+    if out.exists() and not (index.is_file() and OURS in index.read_text()[:2000]):
+        raise LabError(f"{out} exists and is no report; name another folder or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    site = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _write(site)
+        site.chmod(0o755)
+        if out.exists():
+            out.rename(site.with_name(site.name + "-old"))
+        site.rename(out)
+    finally:
+        shutil.rmtree(site, ignore_errors=True)
+        shutil.rmtree(site.with_name(site.name + "-old"), ignore_errors=True)
+    return index
+
+
+def _write(site: Path) -> None:
+    found = records()
+    failed = [_failed(p) for p in sorted(runs_root().glob("[!.]*/[!.]*/failed.ipynb"))]
+    names = {record["notebook"] for _, record in found} | {f["notebook"] for f in failed}
+    grouped = {k: list(g) for k, g in groupby(found, key=lambda r: r[1]["notebook"])}
+    sections = [
+        _section(name, grouped.get(name, []), [f for f in failed if f["notebook"] == name], site)
+        for name in sorted(names)
+    ]
+    page = render(
+        "index.html.j2",
+        title="OpenTrans Lab",
+        sections=sections,
+        count=len(found),
+        wall=sum(record["wall_s"] for _, record in found),
+        mini_lab=any(is_mini_lab(record["parameters"]) for _, record in found),
+        made=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        revision=revision(),
+    )
+    (site / "index.html").write_text(page, encoding="utf-8")
+
+
+def _section(name: str, found: list[tuple[Path, dict]], failed: list[dict], site: Path) -> dict:
+    """What the index shows of one notebook."""
+    title, question = name, ""
+    for folder, _ in found:
+        if (executed := folder / "executed.ipynb").is_file():
+            title, question = heading(nbformat.read(executed, as_version=4), name)
+    runs = [_card(folder, record, site) for folder, record in found]
+    return {
+        "notebook": name,
+        "title": title,
+        "question": question,
+        "runs": runs,
+        "compared": _compared(runs) if len(runs) > 1 else None,
+        "failed": failed,
+    }
+
+
+def _card(folder: Path, record: dict, site: Path) -> dict:
+    """Copy a run's page, figures and tables into the site and say where they are."""
+    target = site / record["notebook"] / record["key"]
+    target.mkdir(parents=True)
+    href = target.relative_to(site).as_posix()
+    page = folder / "report.html"
+    if page.is_file():
+        back = '<a class="button" href="../../index.html">All runs</a>'
+        (target / "index.html").write_text(page.read_text(encoding="utf-8").replace(BACK, back))
+    figures, tables = sorted(folder.glob("[!.]*.png")), sorted(folder.glob("[!.]*.csv"))
+    for path in (*figures, *tables):
+        shutil.copy2(path, target / path.name)
+    return {
+        "record": record,
+        "mini_lab": is_mini_lab(record["parameters"]),
+        "changed": _changed(folder, record),
+        "metrics": _flat(record["metrics"]),
+        "page": f"{href}/index.html" if page.is_file() else "",
+        "figures": [{"name": _words(p), "href": f"{href}/{p.name}"} for p in figures],
+        "tables": [_table(p, f"{href}/{p.name}") for p in tables],
+    }
+
+
+def _changed(folder: Path, record: dict) -> dict:
+    """What differs from the defaults; of a run by hand in JupyterLab, all parameters."""
+    executed = folder / "executed.ipynb"
+    if not executed.is_file():
+        return record["parameters"]
+    return changed_parameters(nbformat.read(executed, as_version=4))
+
+
+def _flat(metrics: dict) -> dict:
+    """Nested metrics under dotted names; lists are left to the tables."""
+    flat = pd.json_normalize(metrics).to_dict("records")[0] if metrics else {}
+    return {name: value for name, value in flat.items() if not isinstance(value, list)}
+
+
+def _table(path: Path, href: str) -> dict:
+    try:
+        frame = pd.read_csv(path)
+    except EmptyDataError:
+        frame = pd.DataFrame()
+    return {
+        "name": _words(path),
+        "href": href,
+        "frame": frame.head(ROWS),
+        "short": len(frame) <= OPEN_ROWS,
+        "left_out": max(0, len(frame) - ROWS),
+    }
+
+
+def _words(path: Path) -> str:
+    return path.stem.replace("_", " ")
+
+
+def _compared(runs: list[dict]) -> pd.DataFrame:
+    """Runs of one notebook side by side: the parameters that vary, then their common metrics."""
+    parameters = pd.DataFrame([run["record"]["parameters"] for run in runs])
+    varying = parameters.loc[:, parameters.astype(str).nunique() > 1]
+    metrics = pd.DataFrame([run["metrics"] for run in runs]).dropna(axis=1, how="all")
+    return pd.concat([varying, metrics.iloc[:, :10].map(number)], axis=1)
+
+
+def _failed(path: Path) -> dict:
+    """A failed run from the notebook that it left."""
+    nb = nbformat.read(path, as_version=4)
+    errors = [
+        out for cell in nb.cells for out in cell.get("outputs", []) if out.output_type == "error"
+    ]
+    return {
+        "notebook": path.parent.parent.name,
+        "changed": changed_parameters(nb),
+        "error": f"{errors[-1].ename}: {errors[-1].evalue}" if errors else "stopped early",
+        "where": path.relative_to(runs_root()).as_posix(),
+    }

@@ -1,0 +1,241 @@
+"""What a run leaves behind, and how to find it again: one folder a run, ``metrics.json`` in it.
+
+``runs/<notebook>/<key>/`` follows from the parameters alone, so equal parameters are one run. The
+tables read only these files, with the paper's numbers (``data/paper``) beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pandas as pd
+
+from . import __version__
+from .errors import LabError
+
+PROJECT = Path(__file__).resolve().parents[1]
+LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "accelerate", "numpy")
+STAGE = "OPENTRANS_STAGE"  # the folder in which the runner lets a notebook write, until it is done
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside ``path`` that becomes ``path`` on success and vanishes on error.
+
+    Readers see the old file or the new one, never a part. The suffix is kept, as writers look at
+    it; folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{os.getpid()}-{time.monotonic_ns()}-{path.name}")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def runs_root() -> Path:
+    """The folder of all runs: ``$OPENTRANS_RUNS``, else ``runs`` of the project around the cwd."""
+    if named := os.environ.get("OPENTRANS_RUNS"):
+        return Path(named).expanduser().resolve()
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").is_file():
+            return folder / "runs"
+    return here / "runs"
+
+
+def plain(value, where: str = "value"):
+    """``value`` in JSON's own types: 0-d tensors and arrays to numbers, NaN and inf to None.
+
+    Raises:
+        LabError: a type that JSON does not have.
+    """
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, dict):
+        return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v, where) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if not isinstance(value, (int, float)):
+        if getattr(value, "ndim", None) != 0:
+            raise LabError(f"{where} is a {type(value).__name__}; use a number, text or list")
+        return plain(value.item(), where)
+    return value if math.isfinite(value) else None
+
+
+def run_key(params: dict) -> str:
+    """Ten hex digits that depend on names and values only; 1 and 1.0 are one value."""
+
+    def canonical(value):
+        if isinstance(value, dict):
+            return {k: canonical(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [canonical(v) for v in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    text = json.dumps(canonical(plain(params, "parameter")), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def run_dir(notebook: str, params: dict) -> Path:
+    """Where the run of ``notebook`` ("03_transfer") with all its ``params`` lives."""
+    return runs_root() / notebook / run_key(params)
+
+
+@cache
+def revision() -> str:
+    """The code's git revision ("-dirty" with local changes), else the package's version."""
+    if (PROJECT / ".git").exists():
+        command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--exclude=*"]
+        try:
+            described = subprocess.run(command, capture_output=True, text=True, check=True)
+            return described.stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass  # no git here, or nothing committed yet
+    return __version__
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the lab and the libraries that decide a result."""
+    found = {"python": sys.version.split()[0], "opentrans_lab": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device() -> str:
+    """The device in words: "cpu, 2 threads" or "cuda, NVIDIA H200"."""
+    import torch  # here: reading results needs no torch
+
+    from .device import pick
+
+    device = pick()
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+class Run:
+    """One notebook's run: made in the set-up cell, saved in the last one.
+
+    Args:
+        notebook: its name without suffix ("03_transfer").
+        params: every name of the parameters cell with its value.
+
+    Raises:
+        LabError: a parameter that is no plain value.
+    """
+
+    def __init__(self, notebook: str, params: dict):
+        self.notebook = notebook
+        self.params = plain(params, "parameter")
+        self.key = run_key(params)
+        self._begun = time.monotonic()
+
+    @property
+    def dir(self) -> Path:
+        """The run's folder, made on first use (under the runner: its stage, moved when done)."""
+        staged = os.environ.get(STAGE)
+        folder = Path(staged) if staged else run_dir(self.notebook, self.params)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def figure(self, fig, name: str) -> Path:
+        """Save a matplotlib figure as ``<name>.png`` for the report."""
+        path = self.dir / f"{name}.png"
+        with atomic_path(path) as tmp:
+            fig.savefig(tmp, dpi=150, bbox_inches="tight")
+        return path
+
+    def save(self, metrics: dict, **tables: pd.DataFrame) -> Path:
+        """Write each table as ``<name>.csv`` and then ``metrics.json``, which ends the run.
+
+        Args:
+            metrics: names to numbers (also 0-d tensors; NaN becomes null), texts, lists, dicts.
+        """
+        for name, table in tables.items():
+            with atomic_path(self.dir / f"{name}.csv") as tmp:
+                table.to_csv(tmp, index=not isinstance(table.index, pd.RangeIndex))
+        record = {
+            "status": "ok",
+            "notebook": self.notebook,
+            "key": self.key,
+            "parameters": self.params,
+            "seed": self.params.get("seed"),
+            "metrics": plain(metrics, "metric"),
+            "device": _device(),
+            "wall_s": round(time.monotonic() - self._begun, 2),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "revision": revision(),
+            "versions": versions(),
+        }
+        path = self.dir / "metrics.json"
+        with atomic_path(path) as tmp:
+            tmp.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+        return path
+
+
+def load(folder: Path) -> dict | None:
+    """The record of the run in ``folder``, None where no run has ended well.
+
+    Raises:
+        LabError: a ``metrics.json`` that is not ours.
+    """
+    path = Path(folder) / "metrics.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        return record if record["status"] == "ok" and record["parameters"] is not None else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise LabError(f"{path} is damaged; delete its folder and run again") from error
+
+
+def records(notebook: str | None = None) -> list[tuple[Path, dict]]:
+    """Folder and record of every finished run, by notebook name and then by time."""
+    folders = [p.parent for p in runs_root().glob(f"{notebook or '[!.]*'}/[!.]*/metrics.json")]
+    found = [(folder, record) for folder in folders if (record := load(folder))]
+    return sorted(found, key=lambda r: (r[1]["notebook"], r[1]["created"], r[1]["key"]))
+
+
+def collect(notebook: str | None = None) -> pd.DataFrame:
+    """All finished runs, one a row: ``notebook, key, seed, device, wall_s, revision, created,
+    folder`` and one column for each ``parameters.<name>`` and ``metrics.<name>`` (nested names
+    joined by dots). Empty, with ``notebook`` and ``key``, where nothing has run."""
+    rows = [{**record, "folder": str(folder)} for folder, record in records(notebook)]
+    if not rows:
+        return pd.DataFrame(columns=["notebook", "key", "folder"])
+    frame = pd.json_normalize(rows)
+    return frame[[c for c in frame if c != "status" and not c.startswith("versions.")]]
+
+
+def paper(name: str) -> pd.DataFrame:
+    """One of the paper's tables in tidy form (``data/paper/<name>.csv``: one number a row).
+
+    Raises:
+        LabError: no such table.
+    """
+    path = PROJECT / "data" / "paper" / f"{name}.csv"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv")))
+        raise LabError(f"the paper's {name!r} is not in data/paper; choose one of: {known}")
+    return pd.read_csv(path)

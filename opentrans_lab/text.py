@@ -1,0 +1,101 @@
+"""Words to embeddings: class names, prompt templates, and CLIP's frozen text tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .errors import LabError
+
+_GROUNDS = ("grass", "sand", "water", "brick", "sky", "road", "snow", "wood")  # scenes.STUFF
+
+TEMPLATES: dict[str, list[str]] = {
+    "bare": ["{}"],
+    "photo": ["a photo of a {}."],
+    "scenes": ["a {}", *(f"a {{}} on {ground}" for ground in _GROUNDS)],
+}
+"""Sets of prompt templates by name; ``{}`` stands for the class name."""
+
+BATCH = 256  # prompts a pass: bounds the memory, however many names there are
+CACHED = 32  # vocabularies remembered
+
+
+def find_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
+    """A name in ``TEMPLATES``, or templates themselves, as a tuple of templates.
+
+    Raises:
+        LabError: unknown name, no template, or one without ``{}``.
+    """
+    if isinstance(templates, str):
+        if templates not in TEMPLATES:
+            raise LabError(
+                f"unknown templates {templates!r}; use one of {', '.join(TEMPLATES)}, or a list "
+                "such as ['a photo of a {}.']"
+            )
+        templates = TEMPLATES[templates]
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        raise LabError(f"templates need '{{}}' for the class name, {wrong or templates!r} has none")
+    return tuple(templates)
+
+
+class TextEncoder:
+    """CLIP's text tower, frozen, with a cache. Not an ``nn.Module`` on purpose.
+
+    Held by a module it adds no parameter and no key to its ``state_dict``, and ``copy.deepcopy``
+    shares it: teacher and student read the same words.
+
+    Args:
+        clip: open_clip's ``CLIP``, of which only ``encode_text`` is used. It is taken over:
+            put in eval mode and frozen, and moved to where embeddings are asked for.
+        tokenizer: texts -> (N, context_length) int64; longer texts are cut.
+    """
+
+    def __init__(self, clip: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> None:
+        self.clip = clip.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self._cache: dict[tuple, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict) -> TextEncoder:
+        return self
+
+    def __call__(
+        self, names: Sequence[str], templates: str | Sequence[str], device: torch.device
+    ) -> Tensor:
+        """Text embeddings (C, D) float32 on ``device``, unit length, without gradient.
+
+        Each prompt's embedding is normalised, those of a name are averaged, and the mean is
+        normalised again. Computed once for each tuple of names and templates.
+
+        Raises:
+            LabError: no names, a bare string instead of a list of names, or a wrong template.
+        """
+        if isinstance(names, str) or not len(names):
+            raise LabError(f"class names must be a list with at least one name, got {names!r}")
+        key = (tuple(names), find_templates(templates), torch.device(device))
+        if key not in self._cache:
+            if len(self._cache) == CACHED:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[key] = self._encode(*key)
+        return self._cache[key].clone()  # a copy: in-place arithmetic must not spoil the cache
+
+    @torch.no_grad()
+    def _encode(
+        self, names: tuple[str, ...], templates: tuple[str, ...], device: torch.device
+    ) -> Tensor:
+        self.clip.to(device)
+        step = max(1, BATCH // len(templates))
+        parts = []
+        # Never under the caller's autocast: what is cached must not depend on who asked first.
+        with torch.autocast(device.type, enabled=False):
+            for low in tqdm(range(0, len(names), step), "text embeddings", delay=3, leave=False):
+                some = names[low : low + step]
+                prompts = [t.replace("{}", name) for name in some for t in templates]
+                tokens = self.tokenizer(prompts).to(device)  # (c·T, L)
+                one = self.clip.encode_text(tokens, normalize=True)  # (c·T, D)
+                parts.append(F.normalize(one.view(len(some), len(templates), -1).mean(1), dim=-1))
+        return torch.cat(parts)

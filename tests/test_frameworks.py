@@ -1,0 +1,128 @@
+"""What every framework must do, and DeepLabV3's own parts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from opentrans_lab import scenes
+from opentrans_lab.backbone import load_backbone
+from opentrans_lab.errors import LabError
+from opentrans_lab.frameworks import FRAMEWORKS, build
+from opentrans_lab.heads.deeplabv3 import set_output_stride
+from opentrans_lab.masks import Mask
+
+VOCABULARY = tuple(scenes.THINGS[:5]) + scenes.STUFF
+
+
+def model_of(framework, **options):
+    torch.manual_seed(0)
+    return build(framework, load_backbone("mini", device="cpu"), "mini", **options)
+
+
+@pytest.fixture(params=FRAMEWORKS)
+def model(request):
+    return model_of(request.param)
+
+
+def batch(n=2):
+    drawn = scenes.render(range(n), names=range(5), seed=4)
+    labels = torch.where(drawn.labels >= 192, drawn.labels - 192 + 5, drawn.labels)
+    return {"images": drawn.images, "labels": labels, "names": VOCABULARY}
+
+
+def test_scores_take_any_vocabulary(model):
+    images = batch()["images"]
+    model.eval()
+    with torch.no_grad():
+        scores = model.scores(images, VOCABULARY)
+        few = model.scores(images, VOCABULARY[:3])
+        turned = model.scores(images, VOCABULARY[::-1])
+    assert scores.shape[:2] == (2, 13) and few.shape[1] == 3
+    torch.testing.assert_close(turned.flip(1), scores)
+    torch.testing.assert_close(few, scores[:, :3])
+
+
+def test_it_learns_one_batch_and_keeps_the_mask(model):
+    data = batch()
+    mask = Mask.by_magnitude(model.backbone.visual, Mask.dense(model.backbone.visual).total // 2)
+    assert mask.apply(model) == len(mask)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3)
+    mask.keep(model, optimizer)
+    losses = []
+    for _ in range(15):
+        losses.append(model.loss(model(data["images"]), data)["loss"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.6 * losses[0]
+    assert mask.verify(model)
+
+
+def test_ignored_pixels_do_not_count(model):
+    data = batch()
+    model.eval()
+    outputs = model(data["images"])
+    half = data["labels"].clone()
+    half[:, :, 64:] = scenes.IGNORE
+    wrong = torch.where(half == scenes.IGNORE, scenes.IGNORE, data["labels"])
+    assert torch.equal(model.loss(outputs, data | {"labels": half})["loss"],
+                       model.loss(outputs, data | {"labels": wrong})["loss"])  # fmt: skip
+    assert not torch.equal(model.loss(outputs, data | {"labels": half})["loss"],
+                           model.loss(outputs, data)["loss"])  # fmt: skip
+
+
+def test_text_is_no_part_of_the_state(model):
+    keys = model.state_dict()
+    assert all(k.split(".")[0] in ("backbone", "aspp", "project", "log_scale") for k in keys)
+    assert {k for k in keys if k.startswith("backbone.")} == {
+        f"backbone.visual.{k}" for k in model.backbone.visual.state_dict()
+    }
+    assert all(p.grad is None and not p.requires_grad
+               for p in model.backbone.visual.attnpool.parameters())  # fmt: skip
+
+
+def test_output_stride_changes_resolution_and_nothing_else():
+    coarse, fine = model_of("deeplabv3", output_stride=32), model_of("deeplabv3", output_stride=16)
+    images = batch()["images"]
+    assert coarse(images).shape[-2:] == (4, 4) and fine(images).shape[-2:] == (8, 8)
+    assert coarse.state_dict().keys() == fine.state_dict().keys()
+    with torch.no_grad():  # the first three stages are the same
+        for a, b in zip(coarse.eval().backbone(images)[:3], fine.eval().backbone(images)[:3], strict=True):
+            torch.testing.assert_close(a, b)
+    with pytest.raises(LabError, match="output_stride=8"):
+        set_output_stride(coarse.backbone.visual, 8)
+
+
+def test_dilation_reads_what_striding_reads():
+    """On a map where every 2x2 block is constant, stride 16 at even cells equals stride 32."""
+    visual = load_backbone("mini", device="cpu").visual
+    dilated = load_backbone("mini", device="cpu").visual
+    set_output_stride(dilated, 16)
+    coarse = torch.randn(1, 384, 4, 4)
+    # One block without its 3x3 neighbours at another spacing: compare the first block only,
+    # whose 3x3 convolution comes before the pool, in its interior mean.
+    x = F.interpolate(coarse, scale_factor=2.0)
+    with torch.no_grad():
+        strided, kept = visual.layer4[0](x), dilated.layer4[0](x)
+    assert strided.shape[-2:] == (4, 4) and kept.shape[-2:] == (8, 8)
+    torch.testing.assert_close(
+        F.avg_pool2d(dilated.layer4[0].downsample(x), 2), visual.layer4[0].downsample(x)
+    )
+
+
+def test_pixel_embeddings_are_classified_by_cosine():
+    model = model_of("deeplabv3").eval()
+    with torch.no_grad():
+        model.log_scale.fill_(0.0)
+        embeddings = model(batch()["images"])
+        scores = model.logits(embeddings, VOCABULARY)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2, 8, 8))
+    text = model.backbone.text(VOCABULARY)
+    torch.testing.assert_close(scores[1, 3, 2, 5], embeddings[1, :, 2, 5] @ text[3])
+
+
+def test_unknown_words_are_refused():
+    with pytest.raises(LabError, match="'unet'.*deeplabv3"):
+        build("unet", load_backbone("mini", device="cpu"))
+    with pytest.raises(LabError, match="preset 'huge'"):
+        build("deeplabv3", load_backbone("mini", device="cpu"), "huge")
