@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from .errors import LabError
 from .esd import CONTROLS, RESHAPES, esd, mp_edge, randomise, spectra
-from .layers import layers, read_state_dict
+from .layers import Layer, layers, read_state_dict
 from .tailfit import RULES, Fit, choose, fit_alpha
 
 __all__ = [
-    "AUTHORS_FROZEN", "CONTROLS", "RESHAPES", "RULES", "AuthorsComparison", "Fit", "alpha_table",
-    "compare_authors", "esd", "fit_alpha", "layer_alphas", "layers", "mp_edge", "randomise",
-    "read_state_dict", "sensitivity", "spectra",
+    "AUTHORS_FROZEN", "CONTROLS", "RESHAPES", "RULES", "AuthorsComparison", "Fit", "Spectrum",
+    "alpha_table", "compare_authors", "esd", "fit_alpha", "layer_alphas", "layer_spectra",
+    "mp_edge", "randomise", "read_state_dict", "sensitivity",
 ]
 
 # The authors' own selection on CLIP RN50 (27 of 55 convolutions), read from their public code.
@@ -77,10 +77,7 @@ def layer_alphas(
         LabError: unknown reshape, rule or control; nothing to analyse.
     """
     choose("rule", rule, RULES)
-    found = [x for x in layers(model) if not any(
-        x.name == e or x.name.startswith(f"{e.removesuffix('.')}.") for e in exclude)]
-    if not found:
-        raise LabError("no weight with two or more axes in this model; nothing to analyse")
+    found = _included(model, exclude)
     eigs = spectra(found, reshape, progress=progress)
     noise = spectra(found, reshape, control, seed, progress) if control else [None] * len(found)
     rows = []
@@ -122,6 +119,36 @@ def _freeze_probability(eigs: Sequence[np.ndarray | None], rule: str, replicates
         return np.full(len(eigs), np.nan)
     below = alphas < np.nanmedian(alphas[:, fitted], axis=1, keepdims=True)
     return np.where(fitted, below.mean(axis=0), np.nan)
+
+
+class Spectrum(NamedTuple):
+    """What a picture of a layer needs."""
+
+    eigs: np.ndarray  # (n_evals,) float64, ascending
+    control: np.ndarray  # (n_evals,) of the same weight at random, or empty without a control
+    edge: float  # upper Marchenko-Pastur edge
+
+
+def layer_spectra(model: nn.Module | Mapping[str, Tensor], reshape: str = "slices",
+                  control: str | None = "permute", seed: int = 0,
+                  exclude: Sequence[str] = ()) -> dict[str, Spectrum]:
+    """The spectra behind :func:`layer_alphas`, by layer name; layers without one are left out."""
+    found = _included(model, exclude)
+    eigs = spectra(found, reshape)
+    noise = spectra(found, reshape, control, seed) if control else [np.empty(0)] * len(found)
+    return {
+        layer.name: Spectrum(own, random, mp_edge(layer.weight, reshape, layer.groups))
+        for layer, own, random in zip(found, eigs, noise, strict=True)
+        if isinstance(own, np.ndarray) and isinstance(random, np.ndarray)
+    }
+
+
+def _included(model: nn.Module | Mapping[str, Tensor], exclude: Sequence[str]) -> list[Layer]:
+    found = [x for x in layers(model) if not any(
+        x.name == e or x.name.startswith(f"{e.removesuffix('.')}.") for e in exclude)]
+    if not found:
+        raise LabError("no weight with two or more axes in this model; nothing to analyse")
+    return found
 
 
 def alpha_table(target: str | Path | nn.Module | Mapping[str, Tensor], prefix: str = "",

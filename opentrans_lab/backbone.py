@@ -199,6 +199,13 @@ def load_backbone(
     clip = build_mini(config)
     if state is not None:
         _fill(clip, state, backbone, source)
+        if config.get("quick_gelu", False) is None:
+            warnings.warn(
+                f"{source} does not say which GELU it was trained with, so the text tower uses "
+                "GELU; if it was QuickGELU, as in all published CLIP ResNets, use "
+                f"backbone='{backbone}{QUICK}'",
+                stacklevel=2,
+            )
     templates = config.get("templates", "photo")
     return Backbone(clip, mini_tokenizer(config), backbone, templates).to(where).eval()
 
@@ -229,7 +236,7 @@ def _find_mini(checkpoint: str) -> tuple[dict, dict[str, Tensor] | None, Path]:
 
 
 def _find_resnet(name: str, checkpoint: str) -> tuple[dict, dict[str, Tensor] | None, Path]:
-    """The same for a CLIP ResNet; the config says which GELU the weights were trained with."""
+    """The same for a CLIP ResNet; the config's ``quick_gelu`` is None if nothing tells."""
     config = copy.deepcopy(RESNETS[name])
     if checkpoint == "random":
         return config, None, Path()
@@ -241,13 +248,7 @@ def _find_resnet(name: str, checkpoint: str) -> tuple[dict, dict[str, Tensor] | 
         raise LabError(f"checkpoint {tag!r} is no file and no tag of {base}; its tags are {tags}")
     state, openai = read(path)
     quick = openai or known.get("quick_gelu", False) or name.endswith(QUICK)
-    if not (quick or known):
-        warnings.warn(
-            f"{path} does not say which GELU it was trained with, so the text tower uses GELU; "
-            f"if it was QuickGELU, as in all published CLIP ResNets, use backbone='{name}{QUICK}'",
-            stacklevel=3,
-        )
-    config["quick_gelu"] = quick
+    config["quick_gelu"] = bool(quick) if quick or known else None
     return config, state, path
 
 

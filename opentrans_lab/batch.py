@@ -180,6 +180,8 @@ def _wrong_record(notebook: Path, record: dict, params: dict) -> str:
 class _ThisPython(AsyncKernelManager):
     """Kernels of this very interpreter, whatever kernels are registered on the machine."""
 
+    transport_encryption = "auto"  # other users of the machine cannot listen in
+
     @property
     def kernel_spec(self) -> KernelSpec:
         return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())

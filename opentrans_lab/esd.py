@@ -158,7 +158,7 @@ def spectra(
         results = [one(found[i]) for i in progress(order)]
     else:
         threads = torch.get_num_threads()
-        workers = min(threads, 4)  # four, because each holds a layer in float64
+        workers = min(threads, 3)  # three, because each holds a layer in float64
         try:
             with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as p:
                 futures = [p.submit(one, found[i]) for i in order]

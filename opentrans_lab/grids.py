@@ -79,7 +79,9 @@ def _typed(name: str, value, default):
                 return kind(value)
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise LabError(f"parameter {name!r} takes a {kind.__name__} such as {default!r}, not {value!r}")
+    raise LabError(
+        f"parameter {name!r} is of type {kind.__name__}, such as {default!r}, not {value!r}"
+    )
 
 
 def load_grid(path: Path | str) -> list[Job]:

@@ -99,6 +99,9 @@ def kd_loss(
     """
     if terms not in ("both", "plain", "text") or mean not in ("joint", "two"):
         raise LabError(f"unknown terms={terms!r} or mean={mean!r}: both|plain|text and joint|two")
+    if not len(student):  # a batch without regions teaches nothing
+        nothing = student.float().sum()
+        return {"loss": nothing, "plain": nothing, "text": nothing}
     with torch.autocast(student.device.type, enabled=False):  # differences of near-equal numbers
         student, teacher, text = student.float(), teacher.float(), text.float()
         plain = (student - teacher).square().sum(1)  # (R,)

@@ -195,7 +195,7 @@ class Mask(Mapping[str, Tensor]):
         @torch.no_grad()
         def hook(*_) -> None:
             if not masks or masks[0].device != parameters[0].device:
-                masks[:] = [t.to(p.device, p.dtype) for t, p in zip(self.values(), parameters, strict=True)]
+                masks[:] = [torch.empty_like(p).copy_(t) for t, p in zip(self.values(), parameters, strict=True)]
             torch._foreach_mul_([p.data for p in parameters], masks)
 
         return optimizer.register_step_post_hook(hook)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -25,9 +26,11 @@ def colour(name: str) -> tuple[float, float, float]:
 def overlay(image: Tensor, labels: Tensor, names: Sequence[str], opacity: float = 0.65) -> np.ndarray:
     """The picture with its label map laid over it: (H, W, 3) float in [0, 1].
 
-    image (3, H, W) in [0, 1]; labels (H, W) int64, ignored pixels keep the picture.
+    image (3, h, w) in [0, 1], brought to the labels' size; labels (H, W) int64, ignored pixels
+    keep the picture.
     """
-    picture = image.permute(1, 2, 0).float().cpu().numpy()
+    image = F.interpolate(image[None].float(), labels.shape[-2:], mode="bilinear")[0]
+    picture = image.permute(1, 2, 0).cpu().numpy()
     labels = labels.cpu().numpy()
     palette = np.array([colour(name) for name in names] + [(0.0, 0.0, 0.0)])
     shown = np.where(labels == IGNORE, len(names), labels)

@@ -48,15 +48,16 @@ def duration(seconds: float) -> str:
 
 @cache
 def _environment() -> Environment:
-    env = Environment(loader=PackageLoader("opentrans_lab", "site"), autoescape=True)
+    loader = PackageLoader("opentrans_lab", "site")
+    env = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"number": number, "duration": duration}
-    env.trim_blocks = env.lstrip_blocks = True
+    env.globals |= {"MINI_LAB": MINI_LAB, "BACK": BACK}
     return env
 
 
 def render(template: str, **values) -> str:
     """One of ``opentrans_lab/site/*.html.j2``, filled in."""
-    return _environment().get_template(template).render(MINI_LAB=MINI_LAB, BACK=BACK, **values)
+    return _environment().get_template(template).render(**values)
 
 
 def heading(nb: nbformat.NotebookNode, default: str) -> tuple[str, str]:

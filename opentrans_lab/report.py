@@ -162,6 +162,6 @@ def _failed(path: Path) -> dict:
     return {
         "notebook": path.parent.parent.name,
         "changed": changed_parameters(nb),
-        "error": f"{errors[-1].ename}: {errors[-1].evalue}" if errors else "stopped early",
+        "error": f"{errors[-1].ename}: {errors[-1].evalue}" if errors else "its kernel died",
         "where": path.relative_to(runs_root()).as_posix(),
     }

@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
+from scipy.stats import t as student_t
 
 from . import __version__
 from .errors import LabError
@@ -123,15 +124,17 @@ def versions() -> dict[str, str]:
 
 
 def _device() -> str:
-    """The device in words: "cpu, 2 threads" or "cuda, NVIDIA H200"."""
-    import torch  # here: reading results needs no torch
-
+    """The device in words: "cpu, 2 threads" or "cuda, NVIDIA H200"; "cpu" where torch is unused."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return "cpu"
     from .device import pick
 
     device = pick()
     if device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(device)}"
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' * (threads > 1)}"
 
 
 class Run:
@@ -159,14 +162,12 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def figure(self, fig, name: str) -> Path:
+    def figure(self, fig, name: str) -> None:
         """Save a matplotlib figure as ``<name>.png`` for the report."""
-        path = self.dir / f"{name}.png"
-        with atomic_path(path) as tmp:
+        with atomic_path(self.dir / f"{name}.png") as tmp:
             fig.savefig(tmp, dpi=150, bbox_inches="tight")
-        return path
 
-    def save(self, metrics: dict, **tables: pd.DataFrame) -> Path:
+    def save(self, metrics: dict, **tables: pd.DataFrame) -> None:
         """Write each table as ``<name>.csv`` and then ``metrics.json``, which ends the run.
 
         Args:
@@ -188,10 +189,8 @@ class Run:
             "revision": revision(),
             "versions": versions(),
         }
-        path = self.dir / "metrics.json"
-        with atomic_path(path) as tmp:
+        with atomic_path(self.dir / "metrics.json") as tmp:
             tmp.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-        return path
 
 
 def load(folder: Path) -> dict | None:
@@ -228,6 +227,43 @@ def collect(notebook: str | None = None) -> pd.DataFrame:
     return frame[[c for c in frame if c != "status" and not c.startswith("versions.")]]
 
 
+def summary(
+    notebook: str, table: str, by: list[str], values: list[str], **parameters
+) -> pd.DataFrame:
+    """``<table>.csv`` of all finished runs of a notebook, reduced over their seeds.
+
+    Args:
+        by: columns that tell lines apart, of the table or ``parameters.<name>`` of the run.
+        values: columns to average; those that no run has are left out.
+        parameters: only runs with these values.
+
+    Returns:
+        indexed by ``by``: n (seeds), the mean of each value and, from two seeds on, ``<value> ±``,
+        the half-width of a 95 % interval (Student's t). Empty where nothing has run.
+    """
+    parts = []
+    for folder, record in records(notebook):
+        own = record["parameters"]
+        if (
+            all(own.get(k) == v for k, v in parameters.items())
+            and (folder / f"{table}.csv").exists()
+        ):
+            part = pd.read_csv(folder / f"{table}.csv")
+            parts.append(part.assign(**{f"parameters.{k}": v for k, v in own.items()}))
+    if not parts:
+        return pd.DataFrame(columns=["n", *values])
+    lines = pd.concat(parts, ignore_index=True)
+    values = [v for v in values if v in lines and lines[v].notna().any()]
+    groups = lines.groupby(by, sort=False)
+    found = pd.DataFrame({"n": groups["parameters.seed"].nunique()})
+    for value in values:
+        found[value] = groups[value].mean()
+        if (found["n"] > 1).any():
+            t = student_t.ppf(0.975, (found["n"] - 1).where(found["n"] > 1))
+            found[f"{value} ±"] = t * groups[value].std() / found["n"] ** 0.5
+    return found
+
+
 def paper(name: str) -> pd.DataFrame:
     """One of the paper's tables in tidy form (``data/paper/<name>.csv``: one number a row).
 
@@ -239,3 +275,15 @@ def paper(name: str) -> pd.DataFrame:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv")))
         raise LabError(f"the paper's {name!r} is not in data/paper; choose one of: {known}")
     return pd.read_csv(path)
+
+
+def paper_wide(name: str) -> pd.DataFrame:
+    """A paper's table as it is printed: a line a system, a column a data set or metric."""
+    table = paper(name)
+    table["column"] = (
+        table["dataset"].fillna(table["metric"]) if "dataset" in table else table["metric"]
+    )
+    about = {"dataset", "metric", "value", "unit", "source", "column", "backbone", "training_set"}
+    lines = [c for c in table if c not in about]
+    table[lines] = table[lines].fillna("")
+    return table.pivot_table("value", lines, "column", sort=False)

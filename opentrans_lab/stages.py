@@ -20,12 +20,13 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .alpha import layer_alphas
+from .alpha import RESHAPES, RULES, layer_alphas
 from .backbone import Backbone, load_backbone
 from .data import load_dataset
+from .errors import LabError
 from .evaluate import evaluate
-from .finetune import freeze, select_layers
-from .frameworks import build
+from .finetune import SELECTIONS, freeze, select_layers
+from .frameworks import FRAMEWORKS, build
 from .masks import Mask
 from .prune import PruneConfig, distill, prune
 from .results import atomic_path, run_key, runs_root
@@ -92,6 +93,15 @@ class Recipe:
     eval_images: int = 128
     """Images of each evaluation split; 0: all."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a mistyped word now, and not after the training."""
+        for name, valid in (("framework", FRAMEWORKS), ("row", ROWS), ("select", SELECTIONS),
+                            ("reshape", RESHAPES), ("rule", RULES)):  # fmt: skip
+            if getattr(self, name) not in valid:
+                raise LabError(
+                    f"unknown {name}={getattr(self, name)!r}; use one of {', '.join(valid)}"
+                )
 
 
 def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path, dict]:

@@ -105,7 +105,7 @@ def fit(
     seed_everything(config.seed)
     where = pick(device)
     accelerator = Accelerator(cpu=where.type == "cpu")
-    model.to(accelerator.device).train()
+    model.to(accelerator.device, memory_format=torch.channels_last).train()
     optimizer = _optimizer(model, config, accelerator.device)
     if mask is not None:
         mask.apply(model)

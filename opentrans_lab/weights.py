@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import urllib.request
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def fetch(name: str, tag: str, known: dict) -> Path:
                 urllib.request.urlopen(question, timeout=PATIENCE).close()
             return Path(download_pretrained(known, prefer_hf_hub=source == hub))
         except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
     raise LabError(
         f"the weights {tag!r} of {name} are not in the cache and cannot be downloaded ({reason}); "
         f"fetch {address} (or {hub}) on another machine and use backbone='{name}-quickgelu', "
@@ -59,7 +60,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], bool]:
         if path.suffix == ".safetensors":
             state, jit = load_file(path), False
         elif jit := _is_jit(path):
-            state = dict(torch.jit.load(path, map_location="cpu").state_dict())
+            with warnings.catch_warnings():  # OpenAI's files have this form, deprecated or not
+                warnings.simplefilter("ignore", FutureWarning)
+                state = dict(torch.jit.load(path, map_location="cpu").state_dict())
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # readers raise whatever the broken bytes lead to

@@ -51,7 +51,7 @@ def rn50_eigs(rn50):
 
 
 def mixed_spectra(count: int) -> list[np.ndarray]:
-    """Pareto, log-normal, exponential, Wishart, spiked, tied and rounded spectra, 25 to 130 long."""
+    """Pareto, log-normal, exponential, Wishart, spiked, tied and rounded spectra."""
     rng = np.random.default_rng(0)
     found = []
     for k in range(count):
@@ -433,3 +433,32 @@ def test_alpha_stands_on_torch_numpy_and_pandas_alone():
             "if m in sys.modules])")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def test_explorer_is_a_static_panel_headless_and_widgets_in_a_session(monkeypatch):
+    import matplotlib
+
+    matplotlib.use("agg")
+    from opentrans_lab.explorer import compare, explore
+
+    torch.manual_seed(0)
+    models = {"a": nn.Sequential(nn.Conv2d(24, 24, 3), nn.Linear(30, 40)), "b": nn.Linear(30, 30)}
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    figure = explore(models)
+    assert [axis.get_title() for axis in figure.axes] == [f"slices + {rule}" for rule in RULES]
+    assert "α = " in figure.axes[0].texts[0].get_text()
+    with pytest.raises(LabError, match="no layer 'x'"):
+        compare(models["a"], "x")
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *objects: shown.extend(objects))
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/01.ipynb")
+    assert explore(models) is None
+    model, layer, reshape, rule = shown[-1].children[0].children
+    reshape.value, rule.value = "fft", "mid"
+    model.value = "b"  # another model offers its own layers
+    assert layer.options == ("weight",)
+    drawn = shown[-1]
+    assert drawn.get_suptitle() == "weight" and drawn.axes[0].get_title() == "fft + mid"

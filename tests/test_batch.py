@@ -1,0 +1,201 @@
+"""Real notebooks in real kernels: names are checked, runs are whole, finished ones stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from opentrans_lab.batch import run_grid, run_notebook
+from opentrans_lab.errors import LabError
+from opentrans_lab.grids import Job, complete, defaults, load_grid
+from opentrans_lab.results import run_dir
+
+SAVE = 'run.save({"value": seed * scale})'
+DEFAULTS = {"seed": 0, "scale": 1.0, "name": "a", "fast": False, "dataset": "scenes"}
+
+GRID = """
+defaults: {name: b}
+runs:
+  - 00_plain
+  - notebook: 01_tiny
+    parameters: {seed: [0, 1], scale: [2, 3]}
+  - {notebook: 01_tiny, parameters: {name: c}}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, write_notebook):
+    return write_notebook(tmp_path / "01_tiny.ipynb", SAVE)
+
+
+def grid(tmp_path, text):
+    path = tmp_path / "grids" / "g.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_values_take_the_types_of_the_defaults(tiny):
+    assert defaults(tiny) == DEFAULTS
+    given = {"seed": "2", "scale": "1e-3", "name": 7, "fast": "true"}
+    assert complete(tiny, given) == DEFAULTS | {"seed": 2, "scale": 1e-3, "name": "7", "fast": True}
+    full = complete(tiny, {"seed": 2.0, "scale": 3})
+    assert type(full["seed"]) is int and type(full["scale"]) is float
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", "x"), ("seed", "1.5"), ("seed", 1.5), ("seed", True), ("seed", None), ("seed", [1])]
+    + [("scale", "a"), ("scale", False), ("name", True), ("fast", "yes"), ("fast", 1)],
+)
+def test_value_of_another_type_is_refused(tiny, name, value):
+    with pytest.raises(LabError, match=f"parameter '{name}' is of type"):
+        complete(tiny, {name: value})
+
+
+def test_mistyped_name_lists_the_valid_ones(tiny):
+    with pytest.raises(
+        LabError, match="no parameter 'sede'; did you mean 'seed'.*seed, scale, name"
+    ):
+        complete(tiny, {"sede": 1})
+
+
+def test_missing_notebook_and_foreign_file_are_named(tiny, tmp_path):
+    with pytest.raises(LabError, match="no notebook.*02_tiny.ipynb; there are: 01_tiny.ipynb"):
+        complete(tmp_path / "02_tiny.ipynb", {})
+    (tmp_path / "text.ipynb").write_text("hello")
+    with pytest.raises(LabError, match="text.ipynb is not a readable notebook"):
+        complete(tmp_path / "text.ipynb", {})
+
+
+def test_grid_multiplies_lists_and_keeps_the_order(tiny, tmp_path, write_notebook):
+    write_notebook(tmp_path / "00_plain.ipynb", "1", parameters="", setup="")
+    path = grid(tmp_path, GRID)
+    jobs = load_grid(path)
+    assert [job.notebook.stem for job in jobs] == ["00_plain"] + ["01_tiny"] * 5
+    assert [tuple(job.parameters.values()) for job in jobs[1:]] == [
+        ("b", 0, 2), ("b", 0, 3), ("b", 1, 2), ("b", 1, 3), ("c",),
+    ]  # fmt: skip
+    path.write_text(GRID + "outermost: scale\n")
+    assert [job.parameters.get("scale") for job in load_grid(path)] == [None, None, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("runs: [", "is no YAML"),
+        ("hello", "must hold `runs`"),
+        ("runs: [01_tiny]\nworker: 2", "must hold `runs`"),
+        ("runs: [{notebok: 01_tiny}]", "must hold `notebook`"),
+        ("runs: [09_none]", "no notebook '09_none'"),
+        ("defaults: {sede: 1}\nruns: [01_tiny]", "no notebook has the parameters sede"),
+    ],
+)
+def test_faulty_grid_is_explained(tiny, tmp_path, text, match):
+    with pytest.raises(LabError, match=match):
+        load_grid(grid(tmp_path, text))
+
+
+def test_typo_in_the_last_job_runs_nothing(tiny, runs):
+    with pytest.raises(LabError, match="sede"):
+        run_grid([Job(tiny, {}), Job(tiny, {"sede": 1})])
+    assert not runs.exists()
+
+
+def test_run_is_whole_then_kept_then_redone_by_force(tiny, runs, write_notebook):
+    result = run_notebook(tiny, {"seed": "3", "scale": 2})
+    folder = run_dir("01_tiny", DEFAULTS | {"seed": 3, "scale": 2.0})
+    assert result.status == "ok" and result.folder == folder
+    assert {p.name for p in folder.iterdir()} == {"executed.ipynb", "report.html", "metrics.json"}
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]  # no stage is left
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["metrics"] == {"value": 6.0} and record["parameters"]["seed"] == 3
+
+    before = (folder / "metrics.json").stat().st_mtime_ns
+    again = run_notebook(tiny, {"seed": 3, "scale": "2"})
+    assert again.status == "finished before" and not again.note
+    write_notebook(tiny, "import os", "assert os.environ['OPENTRANS_FORCE']", SAVE)
+    assert "changed since" in run_notebook(tiny, {"seed": 3, "scale": 2}).note
+    assert (folder / "metrics.json").stat().st_mtime_ns == before
+
+    (folder / "old.txt").touch()
+    assert run_notebook(tiny, {"seed": 3, "scale": 2}, force=True).status == "ok"
+    assert (folder / "metrics.json").stat().st_mtime_ns > before
+    assert not (folder / "old.txt").exists() and len(list(folder.parent.iterdir())) == 1
+    assert "OPENTRANS_FORCE" not in os.environ and "OPENTRANS_STAGE" not in os.environ
+
+
+def test_failure_is_named_and_the_others_go_on(tiny, tmp_path, runs, write_notebook, capsys):
+    late = write_notebook(tmp_path / "02_late.ipynb", SAVE, "x = 1\nassert x == 2, 'unequal'")
+    user = "from opentrans_lab.errors import LabError\nraise LabError('no folder /x; name another')"
+    users = write_notebook(tmp_path / "03_user.ipynb", user)
+    dead = write_notebook(tmp_path / "04_dead.ipynb", "import os; os._exit(1)")
+    wrong = write_notebook(
+        tmp_path / "05_wrong.ipynb",
+        SAVE,
+        setup='from opentrans_lab.results import Run\nrun = Run("05_wrong", dict(seed=seed))',
+    )
+    results = run_grid([Job(p, {}) for p in (late, users, dead, wrong, tiny)])
+    assert [r.status for r in results] == ["failed"] * 4 + ["ok"]
+    assert [r.users for r in results] == [False, True, False, False, False]
+    said = capsys.readouterr().out
+    assert "02_late.ipynb, cell 5 (In [4]): AssertionError" in said and "unequal" in said
+    assert "----> 2 assert x == 2" in said and "1 run now" in said and "4 failed" in said
+    assert results[1].error == "no folder /x; name another"
+    assert "kernel died" in results[2].error
+    assert "differs in: dataset, fast, name, scale" in results[3].error
+    # A save before the failing assert does not count, and a user's mistake leaves nothing.
+    assert [p.name for p in results[0].folder.iterdir()] == ["failed.ipynb"]
+    assert not results[1].folder.exists()
+    (late_again,) = run_grid([Job(late, {})])
+    assert late_again.status == "failed"
+
+
+def test_deadline_stops_between_runs_and_the_next_slice_goes_on(tiny, runs, capsys):
+    jobs = [Job(tiny, {"seed": seed}) for seed in (0, 1)]
+    assert [r.status for r in run_grid(jobs, deadline=0)] == ["not started"] * 2
+    # The second would take about as long as the first, for which 0.02 minutes do not suffice.
+    assert [r.status for r in run_grid(jobs, deadline=0.02)] == ["ok", "not started"]
+    assert "1 not started" in capsys.readouterr().out
+    assert [r.status for r in run_grid(jobs, deadline=10)] == ["finished before", "ok"]
+
+
+def test_two_runners_and_a_killed_one_leave_one_whole_run(tmp_path, runs, write_notebook):
+    slow = write_notebook(tmp_path / "01_slow.ipynb", "import time; time.sleep(2)", SAVE)
+    code = (
+        f"from opentrans_lab.batch import run_notebook; print(run_notebook({str(slow)!r}).status)"
+    )
+    start = [sys.executable, "-c", code]
+    killed = subprocess.Popen(start)
+    folder = run_dir("01_slow", DEFAULTS)
+    for _ in range(600):
+        if list(folder.parent.glob(".*")):
+            break
+        time.sleep(0.1)
+    killed.kill()
+    killed.wait()
+    left = list(folder.parent.iterdir())
+    assert len(left) == 1 and left[0].name.startswith(f".{folder.name}@")
+
+    both = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=120)[0].strip() for p in both]
+    assert [p.returncode for p in both] == [0, 0] and "ok" in said
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    assert {p.name for p in folder.iterdir()} == {"executed.ipynb", "report.html", "metrics.json"}
+
+
+def test_kernel_is_this_python_whatever_is_registered(tmp_path, runs, write_notebook, monkeypatch):
+    spec = tmp_path / "share" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text('{"argv": ["/bin/false"], "display_name": "x", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
+    check = f"import sys; assert sys.executable == {sys.executable!r}, sys.executable"
+    path = write_notebook(tmp_path / "00_plain.ipynb", check, parameters="", setup="")
+    result = run_notebook(path)
+    assert result.status == "ok", result.error
+    assert json.loads((result.folder / "metrics.json").read_text())["parameters"] == {}

@@ -1,0 +1,89 @@
+"""The command line as a user meets it: exit codes, one-line errors, no traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opentrans_lab import __version__
+from opentrans_lab.results import run_dir
+
+SAVE = 'run.save({"value": seed})'
+USERS = "from opentrans_lab.errors import LabError\nraise LabError('no folder /x; name another')"
+COMMAND = [str(Path(sys.executable).with_name("opentrans-lab"))]
+
+
+@pytest.fixture
+def lab(runs, tmp_path, write_notebook):
+    """``lab(*args)`` runs the installed command among three notebooks."""
+    write_notebook(tmp_path / "01_tiny.ipynb", SAVE)
+    write_notebook(tmp_path / "02_user.ipynb", USERS)
+    write_notebook(tmp_path / "03_bad.ipynb", "1 / 0")
+
+    def run(*args: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*COMMAND, *args], capture_output=True, text=True, cwd=tmp_path)
+
+    return run
+
+
+def test_run_with_parameters_and_report(lab, runs):
+    done = lab("run", "01_tiny.ipynb", "-p", "seed", "-4", "-p", "name", "x y")
+    assert done.returncode == 0, done.stderr
+    full = {"seed": -4, "scale": 1.0, "name": "x y", "fast": False, "dataset": "scenes"}
+    assert str(run_dir("01_tiny", full)) in done.stdout
+    report = lab("report")
+    assert report.returncode == 0 and (runs / "report" / "index.html").is_file()
+    assert report.stdout.splitlines()[-1] == f"report: {runs / 'report' / 'index.html'}"
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("run", "01_tiny.ipynb", "-p", "sede", "1"), "no parameter 'sede'; did you mean 'seed'?"),
+        (("run", "01_tiny.ipynb", "-p", "seed", "x"), "'seed' is of type int"),
+        (("run", "09_none.ipynb"), "no notebook 09_none.ipynb; there are: 01_tiny.ipynb"),
+        (("run", "none.yaml"), "no grid none.yaml"),
+        (("run", "none.yaml", "-p", "a", "1"), "-p goes with a notebook"),
+        (("run", "02_user.ipynb"), "no folder /x; name another"),
+        (("campaign", "--grid", "none.yaml"), "no grid none.yaml"),
+    ],
+)
+def test_users_mistake_is_one_line_and_exit_code_2(lab, runs, args, sentence):
+    done = lab(*args)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("opentrans-lab: ") and sentence in done.stderr
+    assert not any(path.is_file() for path in runs.rglob("*"))
+
+
+def test_failed_notebook_gives_exit_code_1_and_the_grid_goes_on(lab, tmp_path):
+    (tmp_path / "g.yaml").write_text("runs: [03_bad, 01_tiny]")
+    done = lab("campaign", "--grid", "g.yaml", "--minutes", "5")
+    assert done.returncode == 1
+    assert "03_bad.ipynb, cell 4" in done.stdout and "ZeroDivisionError" in done.stdout
+    assert "01_tiny: ok" in done.stdout and "report: " in done.stdout.splitlines()[-1]
+    (tmp_path / "g.yaml").write_text("runs: [01_tiny]")
+    again = lab("run", "g.yaml")
+    assert again.returncode == 0 and "0 run now" in again.stdout
+    assert "1 finished before" in again.stdout
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from opentrans_lab import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'pandas', 'papermill', 'matplotlib') if m in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-1] == "[]"
+    for name in ("run", "report", "campaign", "mini-clip"):
+        assert name in told.stdout
+
+
+def test_version():
+    told = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
+    assert told.stdout == f"opentrans-lab {__version__}\n"

@@ -1,0 +1,195 @@
+"""The metric against an independent count, and the loop around it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from opentrans_lab import evaluate as module
+from opentrans_lab.data import IGNORE, load_dataset
+from opentrans_lab.evaluate import confusion, evaluate, miou, predict, summarise
+
+
+def plain_ious(pred: np.ndarray, label: np.ndarray, n: int) -> dict[int, float]:
+    """IoU of each class in the ground truth, by sets of pixels."""
+    keep = label != IGNORE
+    pred, label = pred[keep], label[keep]
+    out = {}
+    for c in range(n):
+        if (label == c).any():
+            out[c] = ((pred == c) & (label == c)).sum() / ((pred == c) | (label == c)).sum()
+    return out
+
+
+def check(pred: np.ndarray, label: np.ndarray, n: int) -> None:
+    counts = confusion(torch.tensor(pred), torch.tensor(label), n)
+    assert counts.shape == (n, n) and counts.dtype == torch.int64
+    assert counts.sum() == (label != IGNORE).sum()
+    seen = torch.arange(n) % 3 != 0
+    result = summarise(counts, tuple(map(str, range(n))), seen)
+    ious = plain_ious(pred, label, n)
+
+    def mean(classes):
+        return np.mean([ious[c] for c in classes]) if classes else math.nan
+
+    expected = [
+        mean(list(ious)),
+        mean([c for c in ious if seen[c]]),
+        mean([c for c in ious if not seen[c]]),
+    ]
+    found = [result.miou, result.miou_seen, result.miou_unseen]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    table = result.per_class
+    assert list(table.columns) == ["id", "name", "seen", "iou", "pixels"]
+    assert set(table.id[table.pixels > 0]) == set(ious) == set(table.id[table.iou.notna()])
+    keep = label != IGNORE
+    if keep.any():
+        np.testing.assert_allclose(result.pixel_accuracy, (pred == label)[keep].mean())
+        weighted = sum(ious[c] * (label == c).sum() for c in ious) / keep.sum()
+        np.testing.assert_allclose(result.fwiou, weighted)
+    else:
+        assert math.isnan(result.pixel_accuracy) and math.isnan(result.fwiou)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("n", [2, 7, 300])
+def test_metrics_equal_a_plain_count_on_random_maps(n, seed):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(IGNORE, n, (40, 50))
+    pred = np.where(rng.random((40, 50)) < 0.6, label.clip(0), rng.integers(0, n, (40, 50)))
+    check(pred, label, n)
+
+
+CASES = {
+    "perfect": ([0, 1, 2, 3], [0, 1, 2, 3]),
+    "all wrong": ([1, 2, 3, 0], [0, 1, 2, 3]),
+    "class absent from the prediction": ([0, 0, 0, 1], [0, 1, 2, 2]),
+    "class absent from the ground truth": ([0, 3, 3, 1], [0, 0, 1, 1]),
+    "one class predicted everywhere": ([2, 2, 2, 2], [0, 1, 2, 3]),
+    "prediction only on ignored pixels": ([3, 0, 1, 1], [-1, 0, 1, 1]),
+    "all ignored": ([0, 1, 2, 3], [-1, -1, -1, -1]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_metrics_on_adversarial_cases(case):
+    check(*(np.array(x) for x in CASES[case]), n=5)
+
+
+def test_miou_by_hand():
+    # Ground truth 0 0 0 1; class 2 does not occur, yet predicting it costs class 0.
+    counts = confusion(torch.tensor([0, 0, 2, 1]), torch.tensor([0, 0, 0, 1]), 3)
+    assert counts.tolist() == [[2, 0, 1], [0, 1, 0], [0, 0, 0]]
+    assert miou(counts) == pytest.approx((2 / 3 + 1) / 2)
+    assert miou(counts, torch.tensor([True, False, True])) == pytest.approx(2 / 3)
+    assert math.isnan(miou(counts, torch.tensor([False, False, True])))
+
+
+def test_prediction_does_not_depend_on_the_piece(monkeypatch):
+    scores = torch.randn(37, 5, 6, generator=torch.Generator().manual_seed(0))
+    whole = F.interpolate(scores[None], (23, 31), mode="bilinear", align_corners=False)[0].argmax(0)
+    for piece in (2**25, 10 * 23 * 31, 1):
+        monkeypatch.setattr(module, "PIECE", piece)
+        assert torch.equal(predict(scores, (23, 31)), whole)
+    assert torch.equal(predict(scores.bfloat16(), (5, 6)), scores.bfloat16().argmax(0))
+
+
+class ByColour(nn.Module):
+    """Scores by closeness to a grey value a name, at a quarter of the resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(4.0))
+        self.frozen = nn.BatchNorm2d(1).eval()
+        self.asked: list[tuple[str, ...]] = []
+
+    def scores(self, images, class_names):
+        assert not self.training and not torch.is_grad_enabled()
+        self.asked.append(class_names)
+        grey = F.avg_pool2d(images.mean(1, keepdim=True), 4)  # (B, 1, h, w)
+        values = torch.tensor([float(n) for n in class_names], device=images.device)
+        return -self.scale * (grey - values[:, None, None]).abs()
+
+
+@pytest.fixture(scope="module")
+def grey_folder(tmp_path_factory):
+    """Seven pictures in two sizes: grey blocks 0, 0.5 and 1, some of them ignored."""
+    root = tmp_path_factory.mktemp("grey")
+    for kind in ("images", "labels"):
+        (root / kind / "val").mkdir(parents=True)
+    (root / "classes.csv").write_text("id,name,ignore\n0,0.0,0\n1,0.5,0\n2,1.0,0\n3,void,1\n")
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        blocks = rng.integers(0, 4, (6, 8) if i % 3 else (5, 9))
+        label = np.kron(blocks, np.ones((8, 8), int)).astype(np.uint8)
+        noisy = label.clip(max=2) * 127.0 + rng.normal(0, 45, label.shape)
+        pixels = np.repeat(noisy.clip(0, 255).astype(np.uint8)[..., None], 3, -1)
+        Image.fromarray(pixels).save(root / f"images/val/{i}.png")
+        Image.fromarray(label).save(root / f"labels/val/{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("size", [None, 24])
+def test_evaluate_counts_every_image_once_at_label_resolution(grey_folder, size):
+    dataset, model = load_dataset("folder", "val", grey_folder, size=size), ByColour().train()
+    model.frozen.eval()
+    result = evaluate(model, dataset, batch_size=3, device="cpu", progress=False)
+    assert model.training and not model.frozen.training  # each as it was
+    assert set(model.asked) == {dataset.names}
+
+    preds, labels = [], []
+    model.eval()
+    for batch in dataset.batches(1, train=False):
+        with torch.no_grad():
+            scores = model.scores(batch["images"], dataset.names)
+        label = batch["labels"]
+        up = F.interpolate(scores, label.shape[-2:], mode="bilinear", align_corners=False)
+        preds.append(up.argmax(1).flatten())
+        labels.append(label.flatten())
+    pred, label = torch.cat(preds).numpy(), torch.cat(labels).numpy()
+    assert len(label) == sum(48 * 64 if i % 3 else 40 * 72 for i in range(7))
+    assert result.confusion.sum() == (label != IGNORE).sum()
+    expected = plain_ious(pred, label, 3)
+    assert result.miou == pytest.approx(np.mean(list(expected.values())))
+    assert 0.5 < result.miou < 1 and math.isnan(result.miou_unseen)
+    for batch_size in (1, 7):
+        again = evaluate(model, dataset, batch_size, "cpu", progress=False)
+        assert torch.equal(again.confusion, result.confusion)
+
+
+def test_evaluate_restores_the_model_after_an_error(grey_folder):
+    class Broken(ByColour):
+        def scores(self, images, class_names):
+            raise RuntimeError("broken")
+
+    model = Broken().train()
+    with pytest.raises(RuntimeError, match="broken"):
+        evaluate(model, load_dataset("folder", "val", grey_folder), device="cpu", progress=False)
+    assert model.training
+
+
+def test_evaluate_on_scenes_splits_seen_and_unseen():
+    class Painter(nn.Module):
+        """Answers with the best fixed class: all of its errors are known."""
+
+        def scores(self, images, class_names):
+            scores = torch.zeros(len(images), len(class_names), 4, 4, device=images.device)
+            scores[:, class_names.index("grass")] = 1
+            return scores
+
+    dataset = load_dataset("scenes", "val", size=64, limit=24)
+    result = evaluate(Painter(), dataset, batch_size=10, device="cpu", progress=False)
+    labels = torch.cat([b["labels"] for b in dataset.batches(24, train=False)])
+    grass = dataset.names.index("grass")
+    share = float((labels == grass).sum() / labels.numel())
+    occurring = labels.unique()
+    assert result.pixel_accuracy == pytest.approx(share)
+    assert result.miou == pytest.approx(share / len(occurring))
+    assert result.miou_seen == pytest.approx(share / int(dataset.seen[occurring].sum()))
+    assert result.miou_unseen == 0

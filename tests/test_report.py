@@ -1,0 +1,128 @@
+"""The site stands alone: every link resolves inside it and nothing is fetched from outside."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import matplotlib
+import pandas as pd
+import pytest
+
+from opentrans_lab.batch import run_grid
+from opentrans_lab.errors import LabError
+from opentrans_lab.grids import Job
+from opentrans_lab.page import MINI_LAB, duration, number
+from opentrans_lab.report import build_report
+from opentrans_lab.results import Run, run_dir
+
+matplotlib.use("Agg")
+PLOT = """import pandas as pd
+import matplotlib.pyplot as plt
+figure, axes = plt.subplots()
+axes.plot([0, seed])
+run.figure(figure, "mask_overlay")
+table = pd.DataFrame({"row": ["ours"], "miou": [0.123456]})
+table"""
+SAVE = 'run.save({"miou": {"ours": 0.123456}, "gap": float("nan")}, transfer=table)'
+
+
+class Links(HTMLParser):
+    """All addresses and ids of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.tags: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.links += [v for k, v in attrs if k in ("href", "src")]
+        self.ids |= {v for k, v in attrs if k == "id"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, write_notebook):
+    """A report of two runs in real kernels, one failed and one by hand."""
+    folder = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENTRANS_RUNS", str(folder / "runs"))
+        good = write_notebook(folder / "03_transfer.ipynb", PLOT, SAVE)
+        bad = write_notebook(folder / "04_bad.ipynb", "assert seed < 0, 'not <negative>'")
+        run_grid([Job(good, {}), Job(good, {"seed": 1}), Job(bad, {})])
+        Run("05_hand", {"seed": 0, "dataset": "coco"}).save({"x": 1}, empty=pd.DataFrame())
+        yield build_report()
+
+
+def test_every_link_resolves_inside_the_site(site):
+    pages = [site, *site.parent.glob("*/*/index.html")]
+    assert len(pages) == 3
+    for page in pages:
+        found = Links(page.read_text())
+        assert found.links and "script" not in found.tags and "iframe" not in found.tags
+        for link in found.links:
+            assert not re.match(r"(https?:)?//", link), link
+            if link.startswith("#"):
+                assert link[1:] in found.ids
+            elif not link.startswith("data:"):
+                target = (page.parent / unquote(link)).resolve()
+                assert target.is_file() and target.is_relative_to(site.parent), link
+
+
+def test_index_shows_numbers_tables_figures_and_failures(site):
+    text = site.read_text()
+    assert 'name="viewport"' in text
+    assert text.count("mask_overlay.png") >= 4 and "0.1235" in text and "<td>ours</td>" in text
+    assert "<math" in text  # the notebook's question, its formula drawn without a script
+    assert "AssertionError: not &lt;negative&gt;" in text and "04_bad/" in text
+    assert "<span>seed <b>1</b></span>" in text and "default parameters" in text
+    assert len(list(site.parent.rglob("transfer.csv"))) == 2
+
+
+def test_page_holds_results_with_code_folded_and_figures_inside(site):
+    page = next(
+        p for p in site.parent.glob("03_transfer/*/index.html") if "<b>1</b>" in p.read_text()
+    )
+    text = page.read_text()
+    assert "data:image/png;base64," in text and "0.123456" in text and "<math" in text
+    assert 'type="checkbox"' in text and re.search(r"\.input \{ display: none", text)
+    assert "All runs" in text and "plt" in text
+
+
+def test_mini_lab_is_labelled_wherever_its_numbers_are(site):
+    assert site.read_text().count(MINI_LAB) == 1 + 2  # the head and its two runs, not coco's
+    assert all(MINI_LAB in p.read_text() for p in site.parent.glob("03_transfer/*/index.html"))
+
+
+def test_new_report_replaces_the_old_and_spares_what_is_none(runs, tmp_path):
+    assert "Nothing has run yet" in build_report(tmp_path / "site").read_text()
+    Run("03_transfer", {"seed": 1, "dataset": "coco"}).save({"miou": 0.5})
+    text = build_report(tmp_path / "site").read_text()
+    assert "Nothing has run" not in text and "0.5" in text and MINI_LAB not in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "site"]
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.txt").write_text("precious")
+    with pytest.raises(LabError, match="is no report"):
+        build_report(own)
+    assert (own / "thesis.txt").read_text() == "precious"
+
+
+def test_report_that_cannot_be_made_leaves_the_old_one(runs, tmp_path):
+    index = build_report(tmp_path / "site")
+    before = index.read_text()
+    Run("03_transfer", {"seed": 1}).save({})
+    (run_dir("03_transfer", {"seed": 1}) / "metrics.json").write_text("{")
+    with pytest.raises(LabError, match="damaged"):
+        build_report(tmp_path / "site")
+    assert index.read_text() == before and len(list(Path(tmp_path).iterdir())) == 2
+
+
+def test_numbers_and_times_read_well():
+    shown = [number(x) for x in (0.123456, 12345, 123456.7, 2.0, float("nan"), None, "a", True)]
+    assert shown == ["0.1235", "12,345", "123,457", "2", "–", "–", "a", "True"]
+    assert [duration(s) for s in (3.2, 185, 7800)] == ["3 s", "3 min 05 s", "2 h 10 min"]

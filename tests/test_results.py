@@ -1,0 +1,146 @@
+"""Keys follow values alone, writes are whole or absent, and what is saved is found again."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from opentrans_lab import results
+from opentrans_lab.errors import LabError
+from opentrans_lab.results import PROJECT, Run, atomic_path, collect, paper, run_dir, run_key
+
+matplotlib.use("Agg")
+
+
+def test_key_depends_on_names_and_values_only():
+    key = run_key({"seed": 1, "lr": 0.5, "name": "a"})
+    assert key == run_key({"name": "a", "lr": 0.5, "seed": 1.0})
+    assert key == run_key({"seed": np.int64(1), "lr": torch.tensor(0.5), "name": "a"})
+    others = [{"seed": 2, "lr": 0.5, "name": "a"}, {"seed": 1, "lr": 0.5, "name": "1"}, {"seed": 1}]
+    assert len({key, *map(run_key, others)}) == 4
+    assert run_key({"x": True}) != run_key({"x": 1})
+    assert re.fullmatch("[0-9a-f]{10}", key)
+
+
+def test_key_is_the_same_in_another_process():
+    code = "from opentrans_lab.results import run_key; print(run_key({'b': 1e-3, 'a': 'x'}))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == run_key({"a": "x", "b": 0.001})
+
+
+def test_parameter_of_no_plain_type_is_refused():
+    with pytest.raises(LabError, match="parameter.model"):
+        Run("03_transfer", {"model": torch.nn.Linear(1, 1)})
+
+
+def test_atomic_path_leaves_the_old_file_or_the_new_one(tmp_path):
+    target = tmp_path / "deep" / "a.json"
+    with atomic_path(target) as path:
+        path.write_text("old")
+        assert path.suffix == ".json" and path.parent == target.parent and not target.exists()
+    with pytest.raises(RuntimeError), atomic_path(target) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert [p.name for p in target.parent.iterdir()] == ["a.json"]
+
+
+def test_runs_root_is_the_project_around_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENTRANS_RUNS")
+    inner = tmp_path / "project" / "notebooks"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    assert results.runs_root() == inner / "runs"
+    (tmp_path / "project" / "pyproject.toml").touch()
+    assert results.runs_root() == tmp_path / "project" / "runs"
+    monkeypatch.setenv("OPENTRANS_RUNS", "elsewhere")
+    assert results.runs_root() == inner / "elsewhere"
+
+
+def test_save_writes_who_when_where_and_what(runs):
+    import matplotlib.pyplot as plt
+
+    run = Run("03_transfer", {"seed": 3, "lr": 1e-3})
+    figure, axes = plt.subplots()
+    axes.plot([1, 2])
+    run.figure(figure, "curve")
+    plt.close(figure)
+    table = pd.DataFrame({"miou": [0.5]}, index=pd.Index(["ours"], name="row"))
+    run.save(
+        {"miou": torch.tensor(0.25), "nothing": math.nan, "deep": {"a": np.float32(2)}}, t=table
+    )
+
+    folder = run_dir("03_transfer", {"seed": 3, "lr": 1e-3})
+    assert sorted(p.name for p in folder.iterdir()) == ["curve.png", "metrics.json", "t.csv"]
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["metrics"] == {"miou": 0.25, "nothing": None, "deep": {"a": 2.0}}
+    assert record["parameters"] == {"seed": 3, "lr": 1e-3} and record["seed"] == 3
+    assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert record["revision"] and record["device"] and record["wall_s"] >= 0
+    assert pd.read_csv(folder / "t.csv").to_dict("list") == {"row": ["ours"], "miou": [0.5]}
+
+
+def test_collect_finds_finished_runs_only(runs):
+    assert collect().empty and "notebook" in collect()
+    Run("03_transfer", {"seed": 1}).save({"miou": {"ours": 0.5}})
+    Run("04_other", {"seed": 0}).save({"x": 1})
+    (runs / "03_transfer" / "unfinished").mkdir()
+    found = collect("03_transfer")
+    assert len(found) == 1 and len(collect()) == 2
+    assert found.loc[0, "parameters.seed"] == 1 and found.loc[0, "metrics.miou.ours"] == 0.5
+
+
+def test_damaged_metrics_are_named(runs):
+    Run("03_transfer", {"seed": 1}).save({})
+    path = run_dir("03_transfer", {"seed": 1}) / "metrics.json"
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(LabError, match="metrics.json is damaged"):
+        collect()
+
+
+def test_revision_is_gits_and_else_the_versions(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "PROJECT", tmp_path)
+    revision = results.revision.__wrapped__
+    assert revision() == results.__version__
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert revision() == results.__version__  # nothing committed
+    (tmp_path / "a").write_text("1")
+    subprocess.run([*git, "add", "a"], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True)
+    assert re.fullmatch("[0-9a-f]{7,}", revision())
+    (tmp_path / "a").write_text("2")
+    assert revision().endswith("-dirty")
+
+
+def test_papers_tables_are_whole_and_sourced():
+    one, two, three, four = (paper(f"table{i}") for i in (1, 2, 3, 4))
+    assert len(one) == 9 * (7 + 2) and len(two) == 4 * (7 + 1) and len(four) == 3
+    assert three.system.nunique() == 15 and len(three) == 15 * (4 + 2)
+    for table in (one, two, three, four):
+        assert table.source.str.contains("Table [1-4], row").all()
+        assert not table.drop(columns=["value", "source"]).duplicated().any()
+    # The same number stands in several tables of the paper: copying errors would show.
+    dense = one[(one.row == "dense") & (one.metric == "miou")]
+    again = three[(three.row == "dense") & (three.metric == "miou")]
+    both = dense.merge(again, on=["framework", "dataset"])
+    assert len(both) == 12 and (both.value_x == both.value_y).all()
+    base = two[(two["select"] == "none") & (two.metric == "miou")].merge(dense, on="dataset")
+    assert (base[base.framework_y == "han"].pipe(lambda t: t.value_x == t.value_y)).all()
+    totals = two[two.metric == "training_flops"].set_index("select").value
+    assert four.value.tolist() == [totals["none"], totals["low_alpha"], 122.2]
+
+
+def test_unknown_paper_table_lists_the_known_ones():
+    with pytest.raises(LabError, match="table1, table2, table3, table4"):
+        paper("table9")
+    assert (PROJECT / "pyproject.toml").is_file()

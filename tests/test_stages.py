@@ -1,0 +1,147 @@
+"""The experiments end to end at toy size: cached, comparable, and blind to unseen names."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from opentrans_lab import scenes, stages
+from opentrans_lab.errors import LabError
+from opentrans_lab.finetune import SELECTIONS
+from opentrans_lab.masks import prunable
+from opentrans_lab.prune import PruneConfig
+from opentrans_lab.stages import Lab, Recipe, prune_stage, row_start, segment_stage, selection_table, transfer_table
+from opentrans_lab.transfer import ROWS
+
+LAB = Lab(device="cpu")
+PRUNING = PruneConfig(density=0.25, p=0.5, steps=1, batch_size=2)
+RECIPE = Recipe(steps=5, batch_size=2, eval_images=4)
+COCO = Path(__file__).parents[2] / "shared" / "data" / "coco"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENTRANS_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield
+
+
+def test_all_rows_keep_the_same_number_and_differ_as_they_say():
+    clip = LAB.load()
+    ours = prune_stage(LAB, PRUNING)
+    kept = ours.mask.kept
+    assert kept == round(ours.mask.total * 0.25) and len(ours.masks()) == 2
+    starts = {row: row_start(LAB, row, PRUNING) for row in ROWS}
+    assert starts["dense"][1] is None
+    assert {mask.kept for row, (_, mask) in starts.items() if row != "dense"} == {kept}
+    assert starts["ours"][1] == starts["ours_mask_only"][1] == ours.mask
+    assert starts["random_layerwise"][1] == starts["random_layerwise_kd"][1] != ours.mask
+    per_layer = ours.mask.layers()["kept"].tolist()
+    assert starts["random_layerwise"][1].layers()["kept"].tolist() == per_layer
+    trained = {
+        row
+        for row, (backbone, mask) in starts.items()
+        if any(
+            not torch.equal(w[m], c[m])
+            for (n, w), c in zip(prunable(backbone.visual).items(), prunable(clip.visual).values(), strict=True)
+            for m in [torch.ones_like(w, dtype=torch.bool) if mask is None else mask[n]]
+        )
+    }
+    assert trained == {"ours", "random_layerwise_kd"}
+
+
+def test_a_table_has_every_row_and_is_computed_once():
+    rows = "dense ours random_global"
+    table = transfer_table(LAB, RECIPE, PRUNING, rows)
+    assert table["row"].tolist() == rows.split()
+    for column in ("seen", "unseen", "all", "shifted_seen", "shifted_unseen"):
+        assert table[column].between(0, 100).all()
+    made = {p: p.stat().st_mtime_ns for p in stages.runs_root().rglob("result.json")}
+    assert len([p for p in made if p.parts[-3] == "segment"]) == 3
+    again = transfer_table(LAB, RECIPE, PRUNING, rows)
+    assert again.equals(table)
+    assert made == {p: p.stat().st_mtime_ns for p in stages.runs_root().rglob("result.json")}
+
+
+def test_forced_work_is_done_again(monkeypatch):
+    calls = []
+    params = {"a": 1}
+    stages.cached("toy", params, lambda folder: calls.append(1) or {"n": 1})
+    stages.cached("toy", params, lambda folder: calls.append(2) or {"n": 2})
+    assert calls == [1]
+    monkeypatch.setenv("OPENTRANS_FORCE", "1")
+    done = stages.runs_root() / "stages" / "toy"
+    os.utime(next(done.glob("*/result.json")), (0, 0))  # made long before this process
+    _, result = stages.cached("toy", params, lambda folder: calls.append(3) or {"n": 3})
+    assert calls == [1, 3] and result == {"n": 3}
+    stages.cached("toy", params, lambda folder: calls.append(4) or {"n": 4})
+    assert calls == [1, 3]
+
+
+def test_selection_freezes_the_half_it_names():
+    recipe = replace(RECIPE, warmup=0.4)
+    table = selection_table(LAB, recipe, PRUNING, "none low_alpha high_alpha", {"few": {"images": 4}})
+    assert table["select"].tolist() == ["none", "low_alpha", "high_alpha"]
+    assert set(table["select"]) < set(SELECTIONS)
+    low, high = (
+        segment_stage(LAB, replace(recipe, select=s, images=4), PRUNING)
+        for s in ("low_alpha", "high_alpha")
+    )
+    layers = len(list(prunable(LAB.load().visual))) + 1
+    assert len(low.frozen) == len(high.frozen) == layers // 2
+    assert not set(low.frozen) & set(high.frozen)
+    assert table["frozen_weights"].tolist()[0] == 0 and (table["frozen_weights"][1:] > 0).all()
+
+
+def test_the_trained_model_comes_back():
+    recipe = replace(RECIPE, row="ours")
+    model = segment_stage(LAB, recipe, PRUNING).model(LAB, recipe)
+    assert prune_stage(LAB, PRUNING).mask.verify(model)
+    with torch.no_grad():
+        assert model.scores(torch.rand(1, 3, 128, 128), scenes.STUFF).shape == (1, 8, 8, 8)
+
+
+def test_no_unseen_pixel_or_region_enters_training(monkeypatch):
+    """Every scene that pruning, distilling and fine-tuning render, and the words they read."""
+    drawn, words, render, text = [], [], scenes.render, stages.Backbone.text
+
+    def watch(*args, **kwargs):
+        drawn.append(render(*args, **kwargs))
+        return drawn[-1]
+
+    def listen(self, names, *args):
+        words.append(set(names))
+        return text(self, names, *args)
+
+    monkeypatch.setattr("opentrans_lab.data.scenes.render", watch)
+    monkeypatch.setattr(stages.Backbone, "text", listen)
+    monkeypatch.setattr(stages, "_evaluate", lambda *_: {})
+    pruning = replace(PRUNING, seed=77)
+    for row in ("ours", "random_layerwise_kd"):
+        segment_stage(LAB, replace(RECIPE, row=row, seed=77), pruning)
+    unseen = [i for i, seen in enumerate(scenes.SEEN) if not seen]
+    assert len(drawn) == 2 + 2 + 2 * 5  # both stages and both fine-tunings were watched
+    for batch in drawn:
+        assert not torch.isin(batch.labels, torch.tensor(unseen)).any()
+        assert not torch.isin(torch.cat(batch.classes), torch.tensor(unseen)).any()
+    assert words and not any(vocabulary & {scenes.CLASSES[i] for i in unseen} for vocabulary in words)
+
+
+@pytest.mark.skipif(not COCO.exists(), reason="the COCO-Panoptic subset is not beside the project")
+def test_real_photographs_train_and_evaluate():
+    lab = Lab(dataset="coco", data_root=str(COCO), size=64, device="cpu")
+    table = transfer_table(lab, replace(RECIPE, eval_images=2), PRUNING, "dense ours")
+    assert table["seen"].between(0, 100).all() and table["unseen"].isna().all()
+    per_class = segment_stage(lab, replace(RECIPE, eval_images=2, row="ours"), PRUNING).per_class
+    assert len(per_class) == 133 and per_class["pixels"].sum() > 0
+
+
+@pytest.mark.parametrize("mistake", ["framework", "row", "select", "reshape", "rule"])
+def test_a_mistyped_word_is_refused_before_anything_runs(mistake):
+    with pytest.raises(LabError, match=f"unknown {mistake}='lucky'; use one of"):
+        replace(RECIPE, **{mistake: "lucky"})
+    with pytest.raises(LabError, match="preset 'huge'"):
+        segment_stage(LAB, replace(RECIPE, preset="huge"), PRUNING)
+    assert not [p for p in stages.runs_root().rglob("result.json") if "huge" in p.read_text()]
