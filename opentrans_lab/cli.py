@@ -79,13 +79,98 @@ class CampaignCommand:
     """What to run, in the order of importance."""
 
     def __call__(self) -> int:
-        from .batch import run_grid
+        from .batch import run_grid, run_notebook
         from .grids import load_grid
         from .report import build_report
 
         code = _exit_code(run_grid(load_grid(self.grid), deadline=self.minutes))
+        tables = self.grid.parent.parent / "05_paper_tables.ipynb"
+        if tables.is_file():  # it reads the other runs, so what it said before is out of date
+            code = code or _exit_code([run_notebook(tables, force=True)])
         print(f"report: {build_report()}")
         return code
+
+
+@dataclass
+class AlphaCommand:
+    """Fit a power law to the weight spectrum of every layer: which ones are well trained?"""
+
+    model: Positional[str]
+    """"mini", a model of open_clip ("RN50", "ViT-B-16"), or a file of weights."""
+    checkpoint: str = ""
+    """open_clip tag or file; a CLIP ResNet's default is "openai"."""
+    prefix: str = ""
+    """Of a file of weights, only the keys below this ("visual.")."""
+    reshape: str = "slices"
+    """How a weight becomes matrices: slices, flatten or fft."""
+    rule: str = "csn"
+    """Where the tail begins: csn, mid, peak or peak_official."""
+    control: str | None = None
+    """Also fit randomised weights: permute or gaussian."""
+    bootstrap: int = 0
+    """Replicates for the freeze probability (100 is plenty)."""
+    seed: int = 0
+    compare: str | None = None
+    """"authors": beside the authors' published selection on RN50 (use --rule peak_official)."""
+    out: Path | None = None
+    """Write the table as CSV."""
+
+    def __call__(self) -> int:
+        from tqdm.auto import tqdm
+
+        from .alpha import compare_authors, layer_alphas
+        from .results import atomic_path
+
+        if self.compare not in (None, "authors"):
+            raise LabError(f"--compare {self.compare} is unknown; the one choice is authors")
+        table = layer_alphas(
+            self._weights(),
+            self.reshape,
+            self.rule,
+            self.control,
+            self.bootstrap,
+            self.seed,
+            progress=tqdm,
+        )
+        print(table.drop(columns=["reshape", "rule"]).to_string(index=False, float_format="%.4g"))
+        fitted = int(table["alpha"].notna().sum())
+        print(f"{fitted} of {len(table)} layers fitted, median alpha {table['alpha'].median():.4f}")
+        if self.compare:
+            print(compare_authors(table))
+        if self.out:
+            with atomic_path(self.out) as path:
+                table.to_csv(path, index=False)
+            print(f"table: {self.out}")
+        return 0
+
+    def _weights(self):
+        """A CLIP ResNet's image tower, or the bare state dict of anything else: no model built."""
+        import open_clip
+
+        from .backbone import RESNETS, load_backbone
+        from .weights import fetch, read
+
+        file, prefix = Path(self.model).expanduser(), self.prefix
+        if not file.is_file():
+            others = set(open_clip.list_models()) - RESNETS.keys()
+            if self.model not in others:  # a ResNet, the mini, or an error that lists them
+                return load_backbone(self.model, self.checkpoint, "cpu").visual
+            known = open_clip.pretrained.get_pretrained_cfg(self.model, self.checkpoint)
+            if not known and not Path(self.checkpoint).is_file():
+                tags = open_clip.list_pretrained_tags_by_model(self.model)
+                raise LabError(
+                    f"--checkpoint {self.checkpoint!r} is no file and no tag of {self.model}; "
+                    f"its tags are {', '.join(tags)}"
+                )
+            file = fetch(self.model, self.checkpoint, known) if known else Path(self.checkpoint)
+            prefix = prefix or "visual."
+        state = read(file)[0]
+        kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if not kept:
+            raise LabError(
+                f"{file} has no key under {prefix!r}; its first is {next(iter(state))!r}"
+            )
+        return kept
 
 
 @dataclass
@@ -110,6 +195,7 @@ class MiniClipCommand:
 Command = (
     Annotated[RunCommand, named("run")]
     | Annotated[ReportCommand, named("report")]
+    | Annotated[AlphaCommand, named("alpha")]
     | Annotated[CampaignCommand, named("campaign")]
     | Annotated[MiniClipCommand, named("mini-clip")]
 )

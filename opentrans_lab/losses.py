@@ -36,7 +36,10 @@ def cap_regions(
     keep = torch.zeros(total, dtype=torch.bool)
     keep[torch.randperm(total)[:most]] = True
     parts = keep.split([len(m) for m in masks])
-    chosen = [(m[k.to(m.device)], c[k.to(c.device)]) for m, c, k in zip(masks, classes, parts, strict=True)]
+    chosen = [
+        (m[k.to(m.device)], c[k.to(c.device)])
+        for m, c, k in zip(masks, classes, parts, strict=True)
+    ]
     return [m for m, _ in chosen], [c for _, c in chosen]
 
 

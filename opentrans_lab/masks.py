@@ -76,7 +76,9 @@ class Mask(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def __repr__(self) -> str:
-        return f"Mask({len(self)} tensors, {self.kept:,} of {self.total:,} kept, {self.density:.4f})"
+        return (
+            f"Mask({len(self)} tensors, {self.kept:,} of {self.total:,} kept, {self.density:.4f})"
+        )
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -127,7 +129,9 @@ class Mask(Mapping[str, Tensor]):
     @classmethod
     def dense(cls, visual: nn.Module) -> Mask:
         """Everything kept."""
-        return cls({name: torch.ones_like(w, dtype=torch.bool) for name, w in prunable(visual).items()})
+        return cls(
+            {name: torch.ones_like(w, dtype=torch.bool) for name, w in prunable(visual).items()}
+        )
 
     @classmethod
     def by_magnitude(cls, visual: nn.Module, keep: int, within: Mask | None = None) -> Mask:
@@ -195,7 +199,10 @@ class Mask(Mapping[str, Tensor]):
         @torch.no_grad()
         def hook(*_) -> None:
             if not masks or masks[0].device != parameters[0].device:
-                masks[:] = [torch.empty_like(p).copy_(t) for t, p in zip(self.values(), parameters, strict=True)]
+                masks[:] = [
+                    torch.empty_like(p).copy_(t)
+                    for t, p in zip(self.values(), parameters, strict=True)
+                ]
             torch._foreach_mul_([p.data for p in parameters], masks)
 
         return optimizer.register_step_post_hook(hook)
@@ -222,7 +229,9 @@ class Mask(Mapping[str, Tensor]):
         shapes = json.dumps({name: list(t.shape) for name, t in self.items()})
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(packed, partial, metadata=self.meta | {"format": "opentrans-mask-1", "shapes": shapes})
+        save_file(
+            packed, partial, metadata=self.meta | {"format": "opentrans-mask-1", "shapes": shapes}
+        )
         partial.replace(path)
 
     @classmethod

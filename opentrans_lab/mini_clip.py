@@ -149,9 +149,9 @@ def export(clip, clip_config: dict, config: MiniConfig, folder: Path, history, d
     lines = [
         "# The mini CLIP",
         "",
-        "A small CLIP of open_clip's own class, trained from scratch on procedural scenes. It exists",
-        "so that every step of the lab runs without a download. It knows the mini lab's world and",
-        "nothing else: it is a laboratory and no stand-in for real CLIP.",
+        "A small CLIP of open_clip's own class, trained from scratch on procedural scenes, so that",
+        "every step of the lab runs without a download. It knows the mini lab's world and nothing",
+        "else: it is a laboratory and no stand-in for real CLIP.",
         "",
         "| | |",
         "|---|---|",
@@ -167,7 +167,7 @@ def export(clip, clip_config: dict, config: MiniConfig, folder: Path, history, d
         f"| size | {size:.1f} MB (fp16) |",
         f"| torch | {torch.__version__} on {device.type} |",
         "",
-        "Zero-shot: one object a scene, sizes as in segmentation, measured on the exported weights.",
+        "Zero-shot: one object a scene, sizes as in segmentation, with the exported weights.",
         "Configuration of both towers: `config.json`.",
         "",
     ]

@@ -23,7 +23,9 @@ def colour(name: str) -> tuple[float, float, float]:
     return colorsys.hls_to_rgb(hue, light, strength)
 
 
-def overlay(image: Tensor, labels: Tensor, names: Sequence[str], opacity: float = 0.65) -> np.ndarray:
+def overlay(
+    image: Tensor, labels: Tensor, names: Sequence[str], opacity: float = 0.65
+) -> np.ndarray:
     """The picture with its label map laid over it: (H, W, 3) float in [0, 1].
 
     image (3, h, w) in [0, 1], brought to the labels' size; labels (H, W) int64, ignored pixels

@@ -33,8 +33,6 @@ from .results import atomic_path, run_key, runs_root
 from .train import TrainConfig, fit
 from .transfer import ROWS, TRAINED, row_mask
 
-_STARTED = time.time()
-
 
 @dataclass(frozen=True)
 class Lab:
@@ -107,14 +105,15 @@ class Recipe:
 def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path, dict]:
     """``work(folder)``'s result, computed unless this stage has it; returns (folder, result).
 
-    Processes that want the same stage wait for the first. With ``OPENTRANS_FORCE`` set, results
-    from before this process are made anew.
+    Processes that want the same stage wait for the first. The runner's ``--force`` sets
+    ``OPENTRANS_FORCE`` to its own start (seconds since the epoch): older results are made anew.
     """
     folder = runs_root() / "stages" / stage / run_key(params)
     done = folder / "result.json"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
-        if os.environ.get("OPENTRANS_FORCE") and done.exists() and done.stat().st_mtime < _STARTED:
+        since = float(os.environ.get("OPENTRANS_FORCE", 0))
+        if done.exists() and done.stat().st_mtime < since:
             shutil.rmtree(folder)
         if not done.exists():
             result = {"parameters": params, "result": work(folder)}
@@ -253,7 +252,8 @@ def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
         frozen = sum(p.numel() for p in backbone.visual.parameters() if not p.requires_grad)
         return metrics | {
             "density": 1.0 if mask is None else mask.density,
-            "frozen_weights": frozen - sum(p.numel() for p in backbone.visual.attnpool.parameters()),
+            "frozen_weights": frozen
+            - sum(p.numel() for p in backbone.visual.attnpool.parameters()),
             "loss": float(done.history["loss"].tail(10).mean()),
             "images_per_second": done.images_per_second,
         }

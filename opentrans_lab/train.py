@@ -204,7 +204,9 @@ def _detach(losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _log(pending: list[dict], bar: tqdm, began: float, images: int) -> list[dict]:
     """Turn logged tensors into numbers; here, every few steps, the device is waited for."""
-    rows = [{k: float(v) if isinstance(v, Tensor) else v for k, v in row.items()} for row in pending]
+    rows = [
+        {k: float(v) if isinstance(v, Tensor) else v for k, v in row.items()} for row in pending
+    ]
     bar.update(len(rows))
     for row in rows:
         if not math.isfinite(row["loss"]):

@@ -80,10 +80,48 @@ def test_help_loads_nothing_heavy():
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.splitlines()[-1] == "[]"
-    for name in ("run", "report", "campaign", "mini-clip"):
+    for name in ("run", "report", "alpha", "campaign", "mini-clip"):
         assert name in told.stdout
 
 
 def test_version():
     told = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
     assert told.stdout == f"opentrans-lab {__version__}\n"
+
+
+def test_alpha_of_the_mini_and_of_a_bare_file(tmp_path):
+    """The same numbers from the built tower and from a state dict, which builds no model."""
+    import pandas as pd
+    from safetensors.torch import save_file
+
+    from opentrans_lab.backbone import load_backbone
+
+    tower = load_backbone("mini", device="cpu").visual
+    file = tmp_path / "tower.safetensors"
+    save_file({f"model.{k}": v.contiguous() for k, v in tower.state_dict().items()}, file)
+    tables = []
+    for target in (["mini"], [str(file), "--prefix", "model."]):
+        out = tmp_path / f"{len(tables)}.csv"
+        told = subprocess.run(
+            [*COMMAND, "alpha", *target, "--rule", "mid", "--out", str(out)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert "layers fitted, median alpha" in told.stdout
+        tables.append(pd.read_csv(out).set_index("name")["alpha"].dropna().sort_index())
+    assert len(tables[0]) > 30
+    pd.testing.assert_series_equal(*tables)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("RN5O",), "backbone 'RN5O' is unknown"),
+        (("mini", "--rule", "magic"), "rule 'magic' is unknown; use one of csn"),
+        (("ViT-B-16", "--checkpoint", "none"), "no tag of ViT-B-16; its tags are openai"),
+        (("mini", "--compare", "friends"), "--compare friends is unknown"),
+        (("mini", "--compare", "authors"), "not the visual tower of CLIP RN50"),
+    ],
+)
+def test_alpha_says_what_is_wrong(args, sentence):
+    told = subprocess.run([*COMMAND, "alpha", *args], capture_output=True, text=True)
+    assert told.returncode == 2 and sentence in told.stderr and "Traceback" not in told.stderr

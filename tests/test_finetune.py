@@ -39,8 +39,7 @@ def test_frozen_layers_are_bit_identical_after_training():
     )
     names = ["conv1", "layer2.0.conv2", "layer4.0.downsample.0"]
     assert freeze(model, names) == sum(
-        model["backbone"].get_submodule(n).weight.numel()
-        for n in names
+        model["backbone"].get_submodule(n).weight.numel() for n in names
     )
     before = {k: v.clone() for k, v in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)

@@ -87,7 +87,9 @@ def test_output_stride_changes_resolution_and_nothing_else():
     assert coarse(images).shape[-2:] == (4, 4) and fine(images).shape[-2:] == (8, 8)
     assert coarse.state_dict().keys() == fine.state_dict().keys()
     with torch.no_grad():  # the first three stages are the same
-        for a, b in zip(coarse.eval().backbone(images)[:3], fine.eval().backbone(images)[:3], strict=True):
+        for a, b in zip(
+            coarse.eval().backbone(images)[:3], fine.eval().backbone(images)[:3], strict=True
+        ):
             torch.testing.assert_close(a, b)
     with pytest.raises(LabError, match="output_stride=8"):
         set_output_stride(coarse.backbone.visual, 8)

@@ -8,7 +8,13 @@ import torch
 
 from opentrans_lab import scenes
 from opentrans_lab.backbone import MINI, build_mini, load_backbone, mini_tokenizer
-from opentrans_lab.mini_clip import MiniConfig, caption_batches, contrastive_loss, train_mini, zero_shot
+from opentrans_lab.mini_clip import (
+    MiniConfig,
+    caption_batches,
+    contrastive_loss,
+    train_mini,
+    zero_shot,
+)
 from opentrans_lab.results import PROJECT
 from opentrans_lab.text import TEMPLATES
 
@@ -17,7 +23,9 @@ SHIPPED = PROJECT / "data" / "mini_clip"
 
 def test_it_knows_the_names():
     """Zero-shot top-1 over all 192 names at the segmentation resolution; chance is 0.5 %."""
-    assert zero_shot(load_backbone("mini", device="cpu"), TEMPLATES["scenes"], n=768, seed=5) >= 0.65
+    assert (
+        zero_shot(load_backbone("mini", device="cpu"), TEMPLATES["scenes"], n=768, seed=5) >= 0.65
+    )
 
 
 def test_the_shipped_files_are_whole():

@@ -9,7 +9,11 @@ from opentrans_lab.errors import LabError
 from opentrans_lab.masks import Mask
 from opentrans_lab.prune import PruneConfig, Student, distill, distillation, prune
 
-TINY = {**MINI, "embed_dim": 32, "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64}}
+TINY = {
+    **MINI,
+    "embed_dim": 32,
+    "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64},
+}
 CONFIG = PruneConfig(density=0.5, p=0.2, steps=2, batch_size=3, lr=1e-3)
 
 

@@ -1,6 +1,7 @@
 """The experiments end to end at toy size: cached, comparable, and blind to unseen names."""
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,15 @@ from opentrans_lab.errors import LabError
 from opentrans_lab.finetune import SELECTIONS
 from opentrans_lab.masks import prunable
 from opentrans_lab.prune import PruneConfig
-from opentrans_lab.stages import Lab, Recipe, prune_stage, row_start, segment_stage, selection_table, transfer_table
+from opentrans_lab.stages import (
+    Lab,
+    Recipe,
+    prune_stage,
+    row_start,
+    segment_stage,
+    selection_table,
+    transfer_table,
+)
 from opentrans_lab.transfer import ROWS
 
 LAB = Lab(device="cpu")
@@ -45,7 +54,9 @@ def test_all_rows_keep_the_same_number_and_differ_as_they_say():
         for row, (backbone, mask) in starts.items()
         if any(
             not torch.equal(w[m], c[m])
-            for (n, w), c in zip(prunable(backbone.visual).items(), prunable(clip.visual).values(), strict=True)
+            for (n, w), c in zip(
+                prunable(backbone.visual).items(), prunable(clip.visual).values(), strict=True
+            )
             for m in [torch.ones_like(w, dtype=torch.bool) if mask is None else mask[n]]
         )
     }
@@ -71,9 +82,9 @@ def test_forced_work_is_done_again(monkeypatch):
     stages.cached("toy", params, lambda folder: calls.append(1) or {"n": 1})
     stages.cached("toy", params, lambda folder: calls.append(2) or {"n": 2})
     assert calls == [1]
-    monkeypatch.setenv("OPENTRANS_FORCE", "1")
+    monkeypatch.setenv("OPENTRANS_FORCE", str(time.time() - 60))
     done = stages.runs_root() / "stages" / "toy"
-    os.utime(next(done.glob("*/result.json")), (0, 0))  # made long before this process
+    os.utime(next(done.glob("*/result.json")), (0, 0))  # made long before that
     _, result = stages.cached("toy", params, lambda folder: calls.append(3) or {"n": 3})
     assert calls == [1, 3] and result == {"n": 3}
     stages.cached("toy", params, lambda folder: calls.append(4) or {"n": 4})
@@ -82,7 +93,9 @@ def test_forced_work_is_done_again(monkeypatch):
 
 def test_selection_freezes_the_half_it_names():
     recipe = replace(RECIPE, warmup=0.4)
-    table = selection_table(LAB, recipe, PRUNING, "none low_alpha high_alpha", {"few": {"images": 4}})
+    table = selection_table(
+        LAB, recipe, PRUNING, "none low_alpha high_alpha", {"few": {"images": 4}}
+    )
     assert table["select"].tolist() == ["none", "low_alpha", "high_alpha"]
     assert set(table["select"]) < set(SELECTIONS)
     low, high = (
@@ -126,7 +139,9 @@ def test_no_unseen_pixel_or_region_enters_training(monkeypatch):
     for batch in drawn:
         assert not torch.isin(batch.labels, torch.tensor(unseen)).any()
         assert not torch.isin(torch.cat(batch.classes), torch.tensor(unseen)).any()
-    assert words and not any(vocabulary & {scenes.CLASSES[i] for i in unseen} for vocabulary in words)
+    assert words and not any(
+        vocabulary & {scenes.CLASSES[i] for i in unseen} for vocabulary in words
+    )
 
 
 @pytest.mark.skipif(not COCO.exists(), reason="the COCO-Panoptic subset is not beside the project")
