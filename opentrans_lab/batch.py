@@ -37,7 +37,7 @@ class RunResult:
     job: Job
     folder: Path
     status: str
-    """``"ok"``, ``"finished before"``, ``"failed"`` or ``"not started"`` (out of time)."""
+    """``"ok"``, ``"finished before"``, ``"failed"`` or ``"out of time"`` (goes on next time)."""
     wall_s: float = 0.0
     error: str = ""
     users: bool = False
@@ -66,8 +66,8 @@ def run_grid(
     """Run ``jobs`` one after another, say how each went, and go on when one fails.
 
     Args:
-        deadline: minutes after which none is started; neither is one that would probably end
-            later, judged by the grid's finished runs of the same notebook. The first always is.
+        deadline: minutes after which none is started. The one that is running then stops at its
+            next training step with a checkpoint, and goes on from there the next time.
 
     Raises:
         LabError: an unknown notebook or parameter in any job, before the first one is run.
@@ -75,28 +75,18 @@ def run_grid(
     jobs = [Job(*job) for job in jobs]
     folders = [run_dir(job.notebook.stem, complete(*job)) for job in jobs]
     begun, results = time.time(), []
-    longest: dict[str, float] = {}
-    for job, folder in zip(jobs, folders, strict=True):
-        if record := load(folder):
-            _note(longest, job, record["wall_s"])
+    until = None if deadline is None else begun + 60 * deadline
     for i, (job, folder) in enumerate(zip(jobs, folders, strict=True), 1):
-        left = float("inf") if deadline is None else begun + 60 * deadline - time.time()
-        worked = any(r.status in ("ok", "failed") for r in results)
         done = load(folder) and not force
-        if not done and (left <= 0 or worked and longest.get(job.notebook.stem, 0) > left):
-            results.append(RunResult(job, folder, "not started"))
+        if not done and until is not None and time.time() >= until:
+            results.append(RunResult(job, folder, "out of time"))
             continue
         if not done:
             print(f"[{i}/{len(jobs)}] {describe(job)} …", flush=True)
-        results.append(_run(job, begun if force else None))
-        _note(longest, job, results[-1].wall_s)
+        results.append(_run(job, begun if force else None, until))
         print(f"[{i}/{len(jobs)}] {describe(job)}: {outcome(results[-1])}", flush=True)
     _summary(results, time.time() - begun)
     return results
-
-
-def _note(longest: dict[str, float], job: Job, seconds: float) -> None:
-    longest[job.notebook.stem] = max(longest.get(job.notebook.stem, 0.0), seconds)
 
 
 def describe(job: Job) -> str:
@@ -120,11 +110,11 @@ def _summary(results: list[RunResult], seconds: float) -> None:
     for result in results:
         if result.status == "failed":
             print(f"  failed: {describe(result.job)}")
-    if waiting := sum(r.status == "not started" for r in results):
-        print(f"  out of time: {waiting} not started; the same command goes on with them")
+    if waiting := sum(r.status == "out of time" for r in results):
+        print(f"  out of time: {waiting} not finished; the same command goes on with them")
 
 
-def _run(job: Job, force_since: float | None) -> RunResult:
+def _run(job: Job, force_since: float | None, until: float | None = None) -> RunResult:
     params = complete(*job)
     name, folder = job.notebook.stem, run_dir(job.notebook.stem, params)
     if force_since is None and load(folder):
@@ -133,13 +123,15 @@ def _run(job: Job, force_since: float | None) -> RunResult:
     known = defaults(job.notebook)
     changed = {key: value for key, value in params.items() if value != known[key]}
     begun, run = time.monotonic(), Run(name, params)
-    with _staged(folder, force_since) as stage:
-        error, users = _execute(job.notebook, stage / "executed.ipynb", changed)
+    with _staged(folder, force_since, until) as stage:
+        error, kind = _execute(job.notebook, stage / "executed.ipynb", changed)
         if not error:
             if load(stage) is None:
                 run.save({})  # a notebook without numbers, such as the index
             error = _wrong_record(job.notebook, load(stage), params)
-        wall = time.monotonic() - begun
+        wall, users = time.monotonic() - begun, kind == "LabError"
+        if kind == "OutOfTime":
+            return RunResult(job, folder, "out of time", wall, note=error)
         if error:
             if not users and (stage / "executed.ipynb").exists():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -187,8 +179,11 @@ class _ThisPython(AsyncKernelManager):
         return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
 
 
-def _execute(notebook: Path, output: Path, changed: dict) -> tuple[str, bool]:
-    """Run the cells; returns what went wrong ("" for nothing) and whether the user can mend it."""
+def _execute(notebook: Path, output: Path, changed: dict) -> tuple[str, str]:
+    """Run the cells; returns what went wrong in words and its kind, both "" for nothing.
+
+    ``LabError`` is for the user to mend and ``OutOfTime`` no error; anything else is a bug.
+    """
     try:
         papermill.execute_notebook(
             notebook,
@@ -200,20 +195,20 @@ def _execute(notebook: Path, output: Path, changed: dict) -> tuple[str, bool]:
             progress_bar=sys.stderr.isatty(),
         )
     except PapermillExecutionError as error:
-        if error.ename == "LabError":
-            return error.evalue, True
+        if error.ename in ("LabError", "OutOfTime"):
+            return error.evalue, error.ename
         cells = nbformat.read(notebook, as_version=4).cells
         at = next((i for i, c in enumerate(cells, 1) if c.source == error.source), "?")
         trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).strip().splitlines()
         where = f"{notebook.name}, cell {at} (In [{error.exec_count}]): {error.ename}"
-        return "\n  | ".join([where, *trace[-14:]]), False
+        return "\n  | ".join([where, *trace[-14:]]), error.ename
     except DeadKernelError as error:
-        return f"{notebook.name}: its kernel died, perhaps for want of memory ({error})", False
-    return "", False
+        return f"{notebook.name}: its kernel died, perhaps for want of memory ({error})", "dead"
+    return "", ""
 
 
 @contextmanager
-def _staged(folder: Path, force_since: float | None) -> Iterator[Path]:
+def _staged(folder: Path, force_since: float | None, until: float | None) -> Iterator[Path]:
     """A folder beside ``folder``, where the kernel writes (by environment); removed at the end.
 
     Stages that killed runners of this machine have left are removed too.
@@ -227,6 +222,8 @@ def _staged(folder: Path, force_since: float | None) -> Iterator[Path]:
     told = {STAGE: str(stage), "OPENTRANS_RUNS": str(runs_root())}
     if force_since is not None:
         told["OPENTRANS_FORCE"] = str(force_since)  # cached stages older than this are made anew
+    if until is not None:
+        told["OPENTRANS_DEADLINE"] = str(until)  # training stops then, with a checkpoint
     before = dict(os.environ)
     os.environ.update(told)
     try:

@@ -111,7 +111,7 @@ class AlphaCommand:
     """Replicates for the freeze probability (100 is plenty)."""
     seed: int = 0
     compare: str | None = None
-    """"authors": beside the authors' published selection on RN50 (use --rule peak_official)."""
+    """"authors": their published selection on RN50 beside slices + peak_official, their choice."""
     out: Path | None = None
     """Write the table as CSV."""
 
@@ -136,7 +136,7 @@ class AlphaCommand:
         fitted = int(table["alpha"].notna().sum())
         print(f"{fitted} of {len(table)} layers fitted, median alpha {table['alpha'].median():.4f}")
         if self.compare:
-            print(compare_authors(table))
+            print(compare_authors(layer_alphas(weights, "slices", "peak_official")))
         if self.out:
             with atomic_path(self.out) as path:
                 table.to_csv(path, index=False)

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The exceptions that a user is meant to see."""
 
 
 class LabError(ValueError):
@@ -7,3 +7,7 @@ class LabError(ValueError):
     The command line prints the sentence alone and exits with 2; everything else is our bug and
     keeps its traceback.
     """
+
+
+class OutOfTime(Exception):
+    """A training run stopped at its deadline with a checkpoint; the same call goes on from there."""

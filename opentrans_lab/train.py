@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .device import bf16_pays, pick, seed_everything
-from .errors import LabError
+from .errors import LabError, OutOfTime
 from .masks import Mask
 
 Batch = dict
@@ -100,6 +101,7 @@ def fit(
 
     Raises:
         LabError: the loss is not finite (names the step), or the config is unknown.
+        OutOfTime: the time in ``OPENTRANS_DEADLINE`` has come (a checkpoint is in ``out``).
     """
     # --- set up
     seed_everything(config.seed)
@@ -121,6 +123,7 @@ def fit(
         accelerator.load_state(str(last))
         rows = json.loads((last / "history.json").read_text())
     bf16 = _use_bf16(config.precision, accelerator.device)
+    until = float(os.environ.get("OPENTRANS_DEADLINE", "inf"))  # seconds since the epoch
 
     # --- fit
     bar = tqdm(total=config.steps, initial=start, desc=title, unit="step", leave=False,
@@ -143,12 +146,15 @@ def fit(
         pending.append({"step": step, "lr": config.lr * config.rate(step)} | _detach(losses))
 
         done = step + 1
-        save = out is not None and done % config.checkpoint_every == 0
-        if done % 10 == 0 or done == config.steps or save:
+        last_one, late = done == config.steps, out is not None and time.time() > until
+        save = out is not None and (last_one or late or done % config.checkpoint_every == 0)
+        if done % 10 == 0 or last_one or save:
             rows += _log(pending, bar, began, (done - start) * config.batch_size)
             pending = []
-        if save or (out is not None and done == config.steps):
+        if save:
             _save(accelerator, out, done, rows)
+        if late and not last_one:
+            raise OutOfTime(f"{title}: stopped at step {done} of {config.steps}")
     bar.close()
     accelerator.free_memory()
     seconds = time.perf_counter() - began

@@ -156,12 +156,26 @@ def test_failure_is_named_and_the_others_go_on(tiny, tmp_path, runs, write_noteb
     assert late_again.status == "failed"
 
 
+def test_a_run_that_stops_at_the_deadline_is_no_failure(runs, tmp_path, write_notebook):
+    stop = (
+        "import os, time\nfrom opentrans_lab.errors import OutOfTime\n"
+        "if time.time() < float(os.environ.get('OPENTRANS_DEADLINE', 0)) + 60:\n"
+        "    raise OutOfTime('stopped at step 3 of 9')\n"
+    )
+    jobs = [(write_notebook(tmp_path / "01_long.ipynb", stop, 'run.save({"value": 1})'), {})]
+    (result,) = run_grid(jobs, deadline=5)
+    assert result.status == "out of time" and "step 3 of 9" in result.note
+    assert not result.folder.exists()
+    (result,) = run_grid(jobs)
+    assert result.status == "ok"
+
+
 def test_deadline_stops_between_runs_and_the_next_slice_goes_on(tiny, runs, capsys):
     jobs = [Job(tiny, {"seed": seed}) for seed in (0, 1)]
-    assert [r.status for r in run_grid(jobs, deadline=0)] == ["not started"] * 2
+    assert [r.status for r in run_grid(jobs, deadline=0)] == ["out of time"] * 2
     # The second would take about as long as the first, for which 0.02 minutes do not suffice.
-    assert [r.status for r in run_grid(jobs, deadline=0.02)] == ["ok", "not started"]
-    assert "1 not started" in capsys.readouterr().out
+    assert [r.status for r in run_grid(jobs, deadline=0.02)] == ["ok", "out of time"]
+    assert "1 not finished" in capsys.readouterr().out
     assert [r.status for r in run_grid(jobs, deadline=10)] == ["finished before", "ok"]
 
 

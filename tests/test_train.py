@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 
-from opentrans_lab.errors import LabError
+from opentrans_lab.errors import LabError, OutOfTime
 from opentrans_lab.masks import Mask
 from opentrans_lab.train import TrainConfig, fit
 
@@ -153,3 +153,15 @@ def test_bf16_is_close_to_fp32():
         losses.append(fit(Model(), objective, batches, config, device="cpu").history["loss"])
     assert not losses[0].equals(losses[1])
     assert losses[0].sub(losses[1]).abs().max() < 0.1
+
+
+def test_it_stops_at_the_deadline_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENTRANS_DEADLINE", "0")
+    with pytest.raises(OutOfTime, match="step 1 of 12"):
+        train(tmp_path / "cut")
+    with pytest.raises(OutOfTime, match="step 2 of 12"):
+        train(tmp_path / "cut")
+    monkeypatch.delenv("OPENTRANS_DEADLINE")
+    resumed, result = train(tmp_path / "cut")
+    whole, _ = train(tmp_path / "whole")
+    assert result.resumed_at == 2 and equal(weights(whole), weights(resumed))
