@@ -123,8 +123,9 @@ class AlphaCommand:
 
         if self.compare not in (None, "authors"):
             raise LabError(f"--compare {self.compare} is unknown; the one choice is authors")
+        weights = self._weights()
         table = layer_alphas(
-            self._weights(),
+            weights,
             self.reshape,
             self.rule,
             self.control,

@@ -10,4 +10,4 @@ class LabError(ValueError):
 
 
 class OutOfTime(Exception):
-    """A training run stopped at its deadline with a checkpoint; the same call goes on from there."""
+    """Training stopped at its deadline with a checkpoint; the same call goes on from there."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opentrans_lab import scenes
+from opentrans_lab import painter, scenes
 from opentrans_lab.errors import LabError
 
 
@@ -71,7 +71,7 @@ def test_shapes_differ_from_each_other():
     """Aligned silhouettes of any two shapes share less than 90 % of their union."""
     grid = torch.linspace(-1.1, 1.1, 128)
     v, u = torch.meshgrid(grid, grid, indexing="ij")
-    inside = torch.stack([scenes._SHAPES[name](u, v) < 0 for name in scenes.SHAPES])
+    inside = torch.stack([painter._SHAPES[name](u, v) < 0 for name in scenes.SHAPES])
     both = (inside[:, None] & inside).flatten(2).sum(-1)
     either = (inside[:, None] | inside).flatten(2).sum(-1)
     iou = both / either - torch.eye(len(inside))

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from opentrans_lab import scenes, stages
+from opentrans_lab.backbone import Backbone
 from opentrans_lab.errors import LabError
 from opentrans_lab.finetune import SELECTIONS
+from opentrans_lab.lab import Lab, cached
 from opentrans_lab.masks import prunable
 from opentrans_lab.prune import PruneConfig
+from opentrans_lab.results import runs_root
 from opentrans_lab.stages import (
-    Lab,
     Recipe,
     prune_stage,
     row_start,
@@ -69,25 +71,25 @@ def test_a_table_has_every_row_and_is_computed_once():
     assert table["row"].tolist() == rows.split()
     for column in ("seen", "unseen", "all", "shifted_seen", "shifted_unseen"):
         assert table[column].between(0, 100).all()
-    made = {p: p.stat().st_mtime_ns for p in stages.runs_root().rglob("result.json")}
+    made = {p: p.stat().st_mtime_ns for p in runs_root().rglob("result.json")}
     assert len([p for p in made if p.parts[-3] == "segment"]) == 3
     again = transfer_table(LAB, RECIPE, PRUNING, rows)
     assert again.equals(table)
-    assert made == {p: p.stat().st_mtime_ns for p in stages.runs_root().rglob("result.json")}
+    assert made == {p: p.stat().st_mtime_ns for p in runs_root().rglob("result.json")}
 
 
 def test_forced_work_is_done_again(monkeypatch):
     calls = []
     params = {"a": 1}
-    stages.cached("toy", params, lambda folder: calls.append(1) or {"n": 1})
-    stages.cached("toy", params, lambda folder: calls.append(2) or {"n": 2})
+    cached("toy", params, lambda folder: calls.append(1) or {"n": 1})
+    cached("toy", params, lambda folder: calls.append(2) or {"n": 2})
     assert calls == [1]
     monkeypatch.setenv("OPENTRANS_FORCE", str(time.time() - 60))
-    done = stages.runs_root() / "stages" / "toy"
+    done = runs_root() / "stages" / "toy"
     os.utime(next(done.glob("*/result.json")), (0, 0))  # made long before that
-    _, result = stages.cached("toy", params, lambda folder: calls.append(3) or {"n": 3})
+    _, result = cached("toy", params, lambda folder: calls.append(3) or {"n": 3})
     assert calls == [1, 3] and result == {"n": 3}
-    stages.cached("toy", params, lambda folder: calls.append(4) or {"n": 4})
+    cached("toy", params, lambda folder: calls.append(4) or {"n": 4})
     assert calls == [1, 3]
 
 
@@ -118,7 +120,7 @@ def test_the_trained_model_comes_back():
 
 def test_no_unseen_pixel_or_region_enters_training(monkeypatch):
     """Every scene that pruning, distilling and fine-tuning render, and the words they read."""
-    drawn, words, render, text = [], [], scenes.render, stages.Backbone.text
+    drawn, words, render, text = [], [], scenes.render, Backbone.text
 
     def watch(*args, **kwargs):
         drawn.append(render(*args, **kwargs))
@@ -129,7 +131,7 @@ def test_no_unseen_pixel_or_region_enters_training(monkeypatch):
         return text(self, names, *args)
 
     monkeypatch.setattr("opentrans_lab.data.scenes.render", watch)
-    monkeypatch.setattr(stages.Backbone, "text", listen)
+    monkeypatch.setattr(Backbone, "text", listen)
     monkeypatch.setattr(stages, "_evaluate", lambda *_: {})
     pruning = replace(PRUNING, seed=77)
     for row in ("ours", "random_layerwise_kd"):
@@ -159,4 +161,4 @@ def test_a_mistyped_word_is_refused_before_anything_runs(mistake):
         replace(RECIPE, **{mistake: "lucky"})
     with pytest.raises(LabError, match="preset 'huge'"):
         segment_stage(LAB, replace(RECIPE, preset="huge"), PRUNING)
-    assert not [p for p in stages.runs_root().rglob("result.json") if "huge" in p.read_text()]
+    assert not [p for p in runs_root().rglob("result.json") if "huge" in p.read_text()]
