@@ -35,7 +35,7 @@ lab: env  ## open JupyterLab in the notebooks folder
 lint: env  ## check style
 	$(BIN)/ruff check .
 
-mini-clip: env  ## train the mini CLIP from scratch (about 90 minutes on two cores; resumes)
+mini-clip: env  ## train the mini CLIP from scratch (about 20 minutes on two cores; resumes)
 	$(BIN)/opentrans-lab mini-clip
 
 campaign: env  ## run the large grids for MINUTES minutes (MINUTES=60), going on where it stopped

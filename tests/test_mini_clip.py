@@ -38,7 +38,7 @@ def test_the_shipped_files_are_whole():
 
 
 def test_batches_depend_on_the_step_alone():
-    config = MiniConfig(steps=8, batch_size=32)
+    config = MiniConfig(steps=8, crops=0.5, batch_size=32)
     batches = caption_batches(config, mini_tokenizer(), torch.device("cpu"))
     stream = list(batches(0))
     later = next(batches(5))
