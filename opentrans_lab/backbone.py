@@ -214,12 +214,17 @@ def _layers(visual: ModifiedResNet) -> tuple[nn.Module, ...]:
     return visual.layer1, visual.layer2, visual.layer3, visual.layer4
 
 
+def mini_folder(checkpoint: str = "") -> Path:
+    """Where the mini CLIP is: ``checkpoint``, ``$OPENTRANS_MINI_CLIP``, or the project's own."""
+    named = checkpoint or os.environ.get("OPENTRANS_MINI_CLIP") or PROJECT / "data" / "mini_clip"
+    return Path(named).expanduser()
+
+
 def _find_mini(checkpoint: str) -> tuple[dict, dict[str, Tensor] | None, Path]:
     """(config, weights or None for random ones, file) of a mini CLIP."""
     if checkpoint == "random":
         return MINI, None, Path()
-    named = checkpoint or os.environ.get("OPENTRANS_MINI_CLIP") or PROJECT / "data" / "mini_clip"
-    folder = Path(named).expanduser()
+    folder = mini_folder(checkpoint)
     weights, about = folder / "model.safetensors", folder / "config.json"
     for path in (weights, about):
         if not path.is_file():

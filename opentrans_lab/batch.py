@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,6 +232,8 @@ def _staged(folder: Path, force_since: float | None, until: float | None) -> Ite
         os.environ.clear()
         os.environ.update(before)
         shutil.rmtree(stage, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()  # where nothing came of it
 
 
 def _alive(pid: int) -> bool:

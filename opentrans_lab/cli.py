@@ -74,7 +74,7 @@ class CampaignCommand:
     """Run the large grid in slices: stops cleanly when time is up, and goes on the next time."""
 
     minutes: float = 60.0
-    """After this no further run is started."""
+    """After this, training stops at its next step with a checkpoint."""
     grid: Path = Path("notebooks/grids/campaign.yaml")
     """What to run, in the order of importance."""
 
@@ -86,7 +86,7 @@ class CampaignCommand:
         code = _exit_code(run_grid(load_grid(self.grid), deadline=self.minutes))
         tables = self.grid.parent.parent / "05_paper_tables.ipynb"
         if tables.is_file():  # it reads the other runs, so what it said before is out of date
-            code = code or _exit_code([run_notebook(tables, force=True)])
+            code = max(code, _exit_code([run_notebook(tables, force=True)]))
         print(f"report: {build_report()}")
         return code
 

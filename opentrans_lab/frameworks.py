@@ -13,6 +13,7 @@ from .heads.deeplabv3 import DeepLabV3
 FRAMEWORKS: dict[str, Callable[..., nn.Module]] = {
     "deeplabv3": DeepLabV3,
 }
+PRESETS = ("paper", "mini")  # of every framework: the published sizes, or narrower ones
 
 
 def build(framework: str, backbone: Backbone, preset: str = "mini", **options) -> nn.Module:

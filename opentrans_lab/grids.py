@@ -106,16 +106,20 @@ def load_grid(path: Path | str) -> list[Job]:
         grid = yaml.safe_load(path.read_text())
     except OSError as error:
         raise LabError(f"no grid {path}; give a .yaml of notebooks/grids") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LabError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(grid, dict) or not grid.get("runs") or grid.keys() - GRID_KEYS:
         raise LabError(f"{path} must hold `runs` and may hold `defaults` and `outermost`")
     shared = grid.get("defaults") or {}
+    if not isinstance(grid["runs"], list) or not isinstance(shared, dict):
+        raise LabError(f"{path}: `runs` must be a list and `defaults` a mapping of names to values")
     jobs, used = [], set()
     for entry in grid["runs"]:
         entry = {"notebook": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or entry.keys() - {"notebook", "parameters"}:
             raise LabError(f"{path}: {entry!r} must hold `notebook` and may hold `parameters`")
+        if not isinstance(entry.get("parameters") or {}, dict):
+            raise LabError(f"{path}: `parameters` of {entry['notebook']} must map names to values")
         notebook = _find(str(entry.get("notebook")), path)
         known = defaults(notebook)
         used |= known.keys() & shared.keys()

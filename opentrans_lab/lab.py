@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from .backbone import Backbone, load_backbone
+from .backbone import Backbone, load_backbone, mini_folder
 from .data import load_dataset
 from .results import atomic_path, run_key, runs_root
 
@@ -31,8 +33,29 @@ class Lab:
 
     @property
     def params(self) -> dict:
-        """What the results depend on (not the device)."""
-        return {key: value for key, value in asdict(self).items() if key != "device"}
+        """What the results depend on: contents of files and not their names, not the device."""
+        known = asdict(self) | {"checkpoint": self._weights(), "data_root": self._root()}
+        return {key: value for key, value in known.items() if key != "device"}
+
+    def _weights(self) -> str:
+        """The content of the weights file, or the tag."""
+        path = Path(self.checkpoint).expanduser()
+        if self.backbone == "mini" and self.checkpoint != "random":
+            path = mini_folder(self.checkpoint) / "model.safetensors"
+        if not path.is_file():
+            return self.checkpoint
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _root(self) -> str:
+        """The folder that a data set on disk is read from."""
+        if self.dataset == "scenes":
+            return ""
+        named = [
+            self.data_root,
+            *(os.environ.get(v) for v in ("OPENTRANS_DATA", "DETECTRON2_DATASETS")),
+        ]
+        return str(Path(next(filter(None, named), "")).expanduser().resolve())
 
     def load(self) -> Backbone:
         """A fresh dense CLIP backbone."""
@@ -56,13 +79,20 @@ def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path
     """
     folder = runs_root() / "stages" / stage / run_key(params)
     done = folder / "result.json"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         since = float(os.environ.get("OPENTRANS_FORCE", 0))
-        if done.exists() and done.stat().st_mtime < since:
+        made = [done] if done.exists() else [p for p in folder.rglob("*") if p.is_file()]
+        if made and max(path.stat().st_mtime for path in made) < since:
             shutil.rmtree(folder)
         if not done.exists():
-            result = {"parameters": params, "result": work(folder)}
+            folder.mkdir(exist_ok=True)
+            try:
+                result = {"parameters": params, "result": work(folder)}
+            except BaseException:
+                with suppress(OSError):
+                    folder.rmdir()  # an empty folder says nothing; checkpoints stay
+                raise
             with atomic_path(done) as path:
                 path.write_text(json.dumps(result, indent=2))
     return folder, json.loads(done.read_text())["result"]

@@ -99,7 +99,9 @@ def _read_panoptic(
     images, labels, tables = [], [], []
     for annotation in annotations[:limit]:
         rows = []
-        for segment in annotation["segments_info"]:
+        for segment in annotation.get("segments_info", ()):
+            if not {"id", "category_id"} <= segment.keys():
+                raise LabError(f"{index}, {annotation['file_name']}: a segment lacks id or class")
             if segment["category_id"] not in classes:
                 raise LabError(
                     f"{index}, {annotation['file_name']}: category {segment['category_id']} "

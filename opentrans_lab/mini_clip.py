@@ -155,7 +155,7 @@ def export(clip, clip_config: dict, config: MiniConfig, folder: Path, history, d
         "",
         "| | |",
         "|---|---|",
-        "| command | `opentrans-lab mini-clip` |",
+        f"| command | `opentrans-lab mini-clip --steps {config.steps}` |",
         *(f"| {key} | {value} |" for key, value in asdict(config).items()),
         f"| pairs seen | {config.steps * config.batch_size:,} |",
         f"| last 50 steps | loss {last['loss']:.3f}, in-batch accuracy {last['in_batch']:.3f} |",

@@ -22,7 +22,7 @@ BACK = "<!-- back -->"  # the report puts its link to the index here
 
 def is_mini_lab(parameters: dict) -> bool:
     """Whether a run's numbers come from the procedural scenes and must be labelled so."""
-    return parameters.get("dataset", parameters.get("backbone")) in ("scenes", "mini")
+    return parameters.get("backbone") == "mini" or parameters.get("dataset") == "scenes"
 
 
 def number(value) -> str:

@@ -46,11 +46,15 @@ class PruneConfig:
     """How the terms are averaged, see ``kd_loss``."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not (0 < self.density < 1 and 0 < self.p < 1):
+            raise LabError(f"density={self.density} and p={self.p} must lie between 0 and 1")
+        if self.steps < 1 or self.batch_size < 1:
+            raise LabError(f"steps={self.steps} and batch_size={self.batch_size} must be 1 or more")
+
     @property
     def rounds(self) -> int:
         """Rounds until at most ``density`` is left: 22 for 0.1 (0.0985; 21 would leave 0.109)."""
-        if not (0 < self.density < 1 and 0 < self.p < 1):
-            raise LabError(f"density={self.density} and p={self.p} must lie between 0 and 1")
         return math.ceil(math.log(self.density) / math.log(1 - self.p) - 1e-9)
 
     def kept(self, total: int, k: int) -> int:

@@ -123,18 +123,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _device() -> str:
-    """The device in words: "cpu, 2 threads" or "cuda, NVIDIA H200"; "cpu" where torch is unused."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return "cpu"
+def _device(named: str) -> str:
+    """The device in words: "cpu, 2 threads" or "cuda, NVIDIA H200"."""
+    if "torch" not in sys.modules:
+        return "cpu"  # the run computed nothing on a device
+    import torch
+
     from .device import pick
 
-    device = pick()
+    device = pick(named)
     if device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(device)}"
-    threads = torch.get_num_threads()
-    return f"{device.type}, {threads} thread{'s' * (threads > 1)}"
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 class Run:
@@ -183,7 +183,7 @@ class Run:
             "parameters": self.params,
             "seed": self.params.get("seed"),
             "metrics": plain(metrics, "metric"),
-            "device": _device(),
+            "device": _device(self.params.get("device") or "auto"),
             "wall_s": round(time.monotonic() - self._begun, 2),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "revision": revision(),
@@ -233,13 +233,15 @@ def summary(
     """``<table>.csv`` of all finished runs of a notebook, reduced over their seeds.
 
     Args:
-        by: columns that tell lines apart, of the table or ``parameters.<name>`` of the run.
+        by: columns of the table that tell lines apart.
         values: columns to average; those that no run has are left out.
         parameters: only runs with these values.
 
     Returns:
-        indexed by ``by``: n (seeds), the mean of each value and, from two seeds on, ``<value> ±``,
-        the half-width of a 95 % interval (Student's t). Empty where nothing has run.
+        indexed by ``by`` and by every parameter (but seed and device) in which the runs differ, so
+        that different experiments are never averaged: n (seeds), the mean of each value over the
+        seeds and, from two seeds on, ``<value> ±``, the half-width of a 95 % interval
+        (Student's t). Empty where nothing has run.
     """
     parts = []
     for folder, record in records(notebook):
@@ -248,14 +250,17 @@ def summary(
             all(own.get(k) == v for k, v in parameters.items())
             and (folder / f"{table}.csv").exists()
         ):
-            part = pd.read_csv(folder / f"{table}.csv")
-            parts.append(part.assign(**{f"parameters.{k}": v for k, v in own.items()}))
+            about = {f"parameters.{k}": v for k, v in own.items() if k not in ("seed", "device")}
+            parts.append(pd.read_csv(folder / f"{table}.csv").assign(**about, seed=own.get("seed")))
     if not parts:
         return pd.DataFrame(columns=["n", *values])
     lines = pd.concat(parts, ignore_index=True)
+    about = [c for c in lines if c.startswith("parameters.")]
+    by = [*(c for c in about if lines[c].nunique(dropna=False) > 1), *by]
     values = [v for v in values if v in lines and lines[v].notna().any()]
-    groups = lines.groupby(by, sort=False)
-    found = pd.DataFrame({"n": groups["parameters.seed"].nunique()})
+    once = lines.groupby([*by, "seed"], sort=False, dropna=False)[values].mean()  # a line a seed
+    groups = once.groupby(level=by, sort=False, dropna=False)
+    found = groups.size().to_frame("n")
     for value in values:
         found[value] = groups[value].mean()
         if (found["n"] > 1).any():

@@ -22,7 +22,7 @@ from .backbone import Backbone
 from .errors import LabError
 from .evaluate import evaluate
 from .finetune import SELECTIONS, freeze, select_layers
-from .frameworks import FRAMEWORKS, build
+from .frameworks import FRAMEWORKS, PRESETS, build
 from .lab import Lab, cached
 from .masks import Mask
 from .prune import PruneConfig, distill, prune
@@ -58,9 +58,21 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a mistyped word now, and not after the training."""
-        for name, valid in (("framework", FRAMEWORKS), ("row", ROWS), ("select", SELECTIONS),
-                            ("reshape", RESHAPES), ("rule", RULES)):  # fmt: skip
+        """Refuse a mistyped word or an impossible number now, and not after the training."""
+        if not 0 <= self.warmup < 1 or self.steps < 1 or self.batch_size < 2:
+            raise LabError(
+                f"warmup={self.warmup} must lie in [0, 1), steps={self.steps} be 1 or more, and "
+                f"batch_size={self.batch_size} 2 or more (batch normalisation needs two images)"
+            )
+        words = {
+            "framework": FRAMEWORKS,
+            "preset": PRESETS,
+            "row": ROWS,
+            "select": SELECTIONS,
+            "reshape": RESHAPES,
+            "rule": RULES,
+        }
+        for name, valid in words.items():
             if getattr(self, name) not in valid:
                 raise LabError(
                     f"unknown {name}={getattr(self, name)!r}; use one of {', '.join(valid)}"
@@ -204,6 +216,8 @@ def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
         }
 
     params = lab.params | asdict(recipe)
+    if recipe.select == "none":  # then alpha is never measured
+        params = {k: v for k, v in params.items() if k not in ("reshape", "rule", "warmup")}
     if recipe.row != "dense":
         params |= {f"prune_{key}": value for key, value in asdict(config).items()}
     folder, metrics = cached("segment", params, work)
@@ -214,23 +228,25 @@ def transfer_table(
     lab: Lab, recipe: Recipe, config: PruneConfig, rows: str = " ".join(ROWS)
 ) -> pd.DataFrame:
     """``segment_stage`` for each of the space-separated ``rows``: one line a row, mIoU in %."""
-    lines = []
-    for row in rows.split():
-        result = segment_stage(lab, replace(recipe, row=row), config)
-        lines.append({"row": row, "starts_from": ROWS[row], **result.metrics})
-    return pd.DataFrame(lines)
+    recipes = [replace(recipe, row=row) for row in rows.split()]  # a typo shows before any work
+    found = [(r.row, segment_stage(lab, r, config)) for r in recipes]
+    return pd.DataFrame({"row": r, "starts_from": ROWS[r], **done.metrics} for r, done in found)
 
 
 def selection_table(
     lab: Lab, recipe: Recipe, config: PruneConfig, selects: str, regimes: dict[str, dict]
 ) -> pd.DataFrame:
     """``segment_stage`` for each selection in each regime (changes to ``recipe``)."""
+    recipes = [
+        (regime, replace(recipe, select=select, **changes))
+        for regime, changes in regimes.items()
+        for select in selects.split()
+    ]
     lines = []
-    for regime, changes in regimes.items():
-        for select in selects.split():
-            result = segment_stage(lab, replace(recipe, select=select, **changes), config)
-            line = {"regime": regime, "select": select, "layers_frozen": len(result.frozen)}
-            lines.append(line | result.metrics)
+    for regime, changed in recipes:
+        done = segment_stage(lab, changed, config)
+        line = {"regime": regime, "select": changed.select, "layers_frozen": len(done.frozen)}
+        lines.append(line | done.metrics)
     return pd.DataFrame(lines)
 
 

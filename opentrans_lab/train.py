@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -54,6 +55,10 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every: int = 200
     """Steps between checkpoints (with an ``out`` folder)."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise LabError(f"steps={self.steps} and batch_size={self.batch_size} must be 1 or more")
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate at ``step``: a function of the step alone."""
@@ -106,6 +111,9 @@ def fit(
     # --- set up
     seed_everything(config.seed)
     where = pick(device)
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)  # accelerate takes the current one
+    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", 1)) == 1)
     accelerator = Accelerator(cpu=where.type == "cpu")
     model.to(accelerator.device, memory_format=torch.channels_last).train()
     optimizer = _optimizer(model, config, accelerator.device)

@@ -59,16 +59,32 @@ def test_it_learns_one_batch_and_keeps_the_mask(model):
 
 
 def test_ignored_pixels_do_not_count(model):
+    """Where a whole half is ignored, what the model says there changes nothing."""
     data = batch()
     model.eval()
-    outputs = model(data["images"])
+    outputs = model(data["images"])  # (B, D, 8, 8)
+    other = outputs.clone()
+    other[..., 5:] = outputs[..., 5:].flip(1)  # a column beyond what bilinear reads from the left
     half = data["labels"].clone()
     half[:, :, 64:] = scenes.IGNORE
-    wrong = torch.where(half == scenes.IGNORE, scenes.IGNORE, data["labels"])
-    assert torch.equal(model.loss(outputs, data | {"labels": half})["loss"],
-                       model.loss(outputs, data | {"labels": wrong})["loss"])  # fmt: skip
-    assert not torch.equal(model.loss(outputs, data | {"labels": half})["loss"],
-                           model.loss(outputs, data)["loss"])  # fmt: skip
+    left = data | {"labels": half}
+    assert torch.equal(model.loss(outputs, left)["loss"], model.loss(other, left)["loss"])
+    assert not torch.equal(model.loss(outputs, data)["loss"], model.loss(other, data)["loss"])
+
+
+def test_scores_of_odd_sizes_lie_where_the_pixels_are(model):
+    """Cutting a padded picture's scores equals scoring; the far edge is not stretched."""
+    model.eval()
+    images = torch.rand(1, 3, 128, 171)
+    with torch.no_grad():
+        scores = model.scores(images, VOCABULARY)
+        padded = model.scores(F.pad(images, (0, 21), value=0.5), VOCABULARY)  # 128 x 192
+    wide = F.interpolate(padded, (128, 192), mode="bilinear")[..., :171]
+    mine = F.interpolate(scores, (128, 171), mode="bilinear")
+    inner = (wide - mine)[..., 8:-8].abs().mean() / wide.std()
+    stretched = F.interpolate(padded[..., :10], (128, 171), mode="bilinear")
+    wrong = (wide - stretched)[..., 8:-8].abs().mean() / wide.std()
+    assert inner < 0.5 * wrong
 
 
 def test_text_is_no_part_of_the_state(model):
@@ -96,20 +112,18 @@ def test_output_stride_changes_resolution_and_nothing_else():
 
 
 def test_dilation_reads_what_striding_reads():
-    """On a map where every 2x2 block is constant, stride 16 at even cells equals stride 32."""
-    visual = load_backbone("mini", device="cpu").visual
-    dilated = load_backbone("mini", device="cpu").visual
+    """A dilated block at the even cells of a map equals the plain block on those cells alone."""
+    visual, dilated = (load_backbone("mini", device="cpu").visual for _ in range(2))
     set_output_stride(dilated, 16)
-    coarse = torch.randn(1, 384, 4, 4)
-    # One block without its 3x3 neighbours at another spacing: compare the first block only,
-    # whose 3x3 convolution comes before the pool, in its interior mean.
-    x = F.interpolate(coarse, scale_factor=2.0)
+    fine = torch.randn(1, 768, 8, 8)
     with torch.no_grad():
-        strided, kept = visual.layer4[0](x), dilated.layer4[0](x)
-    assert strided.shape[-2:] == (4, 4) and kept.shape[-2:] == (8, 8)
-    torch.testing.assert_close(
-        F.avg_pool2d(dilated.layer4[0].downsample(x), 2), visual.layer4[0].downsample(x)
-    )
+        torch.testing.assert_close(
+            dilated.layer4[1](fine)[..., ::2, ::2], visual.layer4[1](fine[..., ::2, ::2])
+        )
+        x = torch.randn(1, 384, 8, 8)
+        torch.testing.assert_close(
+            F.avg_pool2d(dilated.layer4[0].downsample(x), 2), visual.layer4[0].downsample(x)
+        )
 
 
 def test_pixel_embeddings_are_classified_by_cosine():

@@ -3,7 +3,6 @@
 import json
 
 import open_clip
-import pytest
 import torch
 
 from opentrans_lab import scenes
@@ -24,7 +23,7 @@ SHIPPED = PROJECT / "data" / "mini_clip"
 def test_it_knows_the_names():
     """Zero-shot top-1 over all 192 names at the segmentation resolution; chance is 0.5 %."""
     assert (
-        zero_shot(load_backbone("mini", device="cpu"), TEMPLATES["scenes"], n=768, seed=5) >= 0.65
+        zero_shot(load_backbone("mini", SHIPPED, "cpu"), TEMPLATES["scenes"], n=768, seed=5) >= 0.65
     )
 
 
@@ -67,5 +66,4 @@ def test_training_resumes_and_exports(tmp_path):
     backbone = load_backbone("mini", checkpoint=folder, device="cpu")
     assert backbone.embed(torch.rand(2, 3, 128, 128)).shape == (2, 32)
     assert backbone.text(scenes.THINGS[:3]).shape == (3, 32)
-    with pytest.raises(AssertionError):
-        assert zero_shot(backbone, TEMPLATES["scenes"], n=64) > 0.65  # untrained: it cannot know
+    assert zero_shot(backbone, TEMPLATES["scenes"], n=64) < 0.3  # untrained: it cannot know

@@ -36,7 +36,7 @@ def test_rounds_follow_the_paper():
     assert config.kept(n, 22) / n == pytest.approx(0.9**22, abs=1e-7)
     assert config.kept(n, 21) > 0.1 * n > config.kept(n, 22)
     with pytest.raises(LabError, match="density=1.5"):
-        _ = PruneConfig(density=1.5).rounds
+        PruneConfig(density=1.5)
 
 
 def test_counts_are_exact_masks_nested_and_the_stem_untouched(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -16,7 +17,16 @@ import torch
 
 from opentrans_lab import results
 from opentrans_lab.errors import LabError
-from opentrans_lab.results import PROJECT, Run, atomic_path, collect, paper, run_dir, run_key
+from opentrans_lab.results import (
+    PROJECT,
+    Run,
+    atomic_path,
+    collect,
+    paper,
+    run_dir,
+    run_key,
+    summary,
+)
 
 matplotlib.use("Agg")
 
@@ -144,3 +154,18 @@ def test_unknown_paper_table_lists_the_known_ones():
     with pytest.raises(LabError, match="table1, table2, table3, table4"):
         paper("table9")
     assert (PROJECT / "pyproject.toml").is_file()
+
+
+def test_summary_averages_seeds_and_never_different_experiments(runs):
+    for seed, lr, rule in itertools.product((0, 1, 2), (0.1, 0.5), ("csn", "mid")):
+        run = Run("04_toy", {"seed": seed, "lr": lr, "rule": rule, "device": "cpu"})
+        table = pd.DataFrame({"select": ["none", "low"], "seen": [10 * lr + seed, 50 + seed]})
+        run.save({}, selection=table)
+    found = summary("04_toy", "selection", ["select"], ["seen", "absent"])
+    assert found.index.names == ["parameters.lr", "parameters.rule", "select"]
+    assert len(found) == 8 and (found["n"] == 3).all() and "absent" not in found
+    assert found.loc[(0.5, "mid", "none"), "seen"] == pytest.approx(6.0)
+    assert found.loc[(0.1, "csn", "low"), "seen ±"] == pytest.approx(4.302653 / 3**0.5)
+    some = summary("04_toy", "selection", ["select"], ["seen"], lr=0.1, rule="csn")
+    assert some.index.names == ["select"] and some["seen"].tolist() == [2.0, 51.0]
+    assert summary("05_none", "selection", ["select"], ["seen"]).empty

@@ -1,15 +1,18 @@
 """The experiments end to end at toy size: cached, comparable, and blind to unseen names."""
 
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from opentrans_lab import scenes, stages
-from opentrans_lab.backbone import Backbone
+from opentrans_lab.backbone import Backbone, mini_folder
+from opentrans_lab.batch import run_notebook
 from opentrans_lab.errors import LabError
 from opentrans_lab.finetune import SELECTIONS
 from opentrans_lab.lab import Lab, cached
@@ -29,6 +32,7 @@ from opentrans_lab.transfer import ROWS
 LAB = Lab(device="cpu")
 PRUNING = PruneConfig(density=0.25, p=0.5, steps=1, batch_size=2)
 RECIPE = Recipe(steps=5, batch_size=2, eval_images=4)
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 COCO = Path(__file__).parents[2] / "shared" / "data" / "coco"
 
 
@@ -147,18 +151,49 @@ def test_no_unseen_pixel_or_region_enters_training(monkeypatch):
 
 
 @pytest.mark.skipif(not COCO.exists(), reason="the COCO-Panoptic subset is not beside the project")
-def test_real_photographs_train_and_evaluate():
-    lab = Lab(dataset="coco", data_root=str(COCO), size=64, device="cpu")
-    table = transfer_table(lab, replace(RECIPE, eval_images=2), PRUNING, "dense ours")
+def test_real_photographs_through_the_notebooks():
+    """03 trains and evaluates over 133 names, 06 shows image, ground truth and predictions."""
+    tiny = dict(
+        dataset="coco", data_root=str(COCO), size=64, rows="dense ours", density=0.5, p=0.5,
+        prune_steps=1, prune_batch_size=2, steps=2, batch_size=2, eval_images=3, device="cpu",
+    )  # fmt: skip
+    transfer = run_notebook(NOTEBOOKS / "03_transfer.ipynb", tiny)
+    assert transfer.status == "ok", transfer.error
+    table = pd.read_csv(transfer.folder / "transfer.csv")
     assert table["seen"].between(0, 100).all() and table["unseen"].isna().all()
-    per_class = segment_stage(lab, replace(RECIPE, eval_images=2, row="ours"), PRUNING).per_class
-    assert len(per_class) == 133 and per_class["pixels"].sum() > 0
+    shown = run_notebook(NOTEBOOKS / "06_qualitative.ipynb", tiny | {"images": 3})
+    assert shown.status == "ok", shown.error
+    assert (shown.folder / "overlays.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("mistake", ["framework", "row", "select", "reshape", "rule"])
-def test_a_mistyped_word_is_refused_before_anything_runs(mistake):
+def test_a_users_mistake_in_a_notebook_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path / "none"))
+    wrong = {"dataset": "coco", "data_root": str(tmp_path / "nowhere"), "rows": "dense"}
+    result = run_notebook(NOTEBOOKS / "03_transfer.ipynb", wrong)
+    assert result.users and "nowhere" in result.error
+    left = [p for p in (tmp_path / "none").rglob("*") if not p.name.endswith(".lock")]
+    assert [p.name for p in left] in ([], ["stages", "segment"])
+
+
+def test_the_key_follows_the_content_of_the_weights(tmp_path):
+    here = Lab(checkpoint=str(mini_folder())).params
+    assert here == LAB.params
+    shutil.copytree(mini_folder(), tmp_path / "mini")
+    assert Lab(checkpoint=str(tmp_path / "mini")).params == here
+    with (tmp_path / "mini" / "model.safetensors").open("ab") as file:
+        file.write(b"!")
+    assert Lab(checkpoint=str(tmp_path / "mini")).params != here
+
+
+@pytest.mark.parametrize("mistake", ["framework", "preset", "row", "select", "reshape", "rule"])
+def test_a_mistyped_word_is_refused_before_anything_runs(mistake, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path / "none"))
     with pytest.raises(LabError, match=f"unknown {mistake}='lucky'; use one of"):
         replace(RECIPE, **{mistake: "lucky"})
-    with pytest.raises(LabError, match="preset 'huge'"):
-        segment_stage(LAB, replace(RECIPE, preset="huge"), PRUNING)
-    assert not [p for p in runs_root().rglob("result.json") if "huge" in p.read_text()]
+    with pytest.raises(LabError, match="'oours'"):
+        transfer_table(LAB, RECIPE, PRUNING, "dense oours")
+    with pytest.raises(LabError, match="'loww'"):
+        selection_table(LAB, RECIPE, PRUNING, "none loww", {"plenty": {}})
+    with pytest.raises(LabError, match="warmup=1.0"):
+        replace(RECIPE, warmup=1.0)
+    assert not (tmp_path / "none").exists()

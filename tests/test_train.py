@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,12 @@ def equal(a, b):
 CONFIG = TrainConfig(steps=12, batch_size=4, lr=1e-2, checkpoint_every=4, precision="fp32")
 
 
-def train(out, at=None, mask=None, stop=None, config=CONFIG):
+def train(out, at=None, mask=None, stop=None, config=CONFIG, pause=0.0):
     def cut(start):
         for step, batch in enumerate(batches(start), start):
             if step == stop:
                 raise KeyboardInterrupt
+            time.sleep(pause)
             yield batch
 
     model = Model()
@@ -96,16 +98,18 @@ def test_killed_while_running_leaves_a_whole_checkpoint(tmp_path):
     """SIGKILL to a real process; a second process ends as if nothing had happened."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_train as t; "
-        "from pathlib import Path; m, _ = t.train(Path(sys.argv[2])); "
+        "from pathlib import Path; m, _ = t.train(Path(sys.argv[2]), pause=float(sys.argv[3])); "
         "import torch; print(sum(float(v.double().sum()) for v in m.state_dict().values()))"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "0.2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not list((tmp_path / "killed").glob("step-*")) and process.poll() is None:
-        pass
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert process.wait() == -signal.SIGKILL
+    again = subprocess.run([*command, "0"], capture_output=True, text=True, check=True)
     whole, _ = train(tmp_path / "whole")
     want = sum(float(v.double().sum()) for v in whole.state_dict().values())
     assert float(again.stdout) == pytest.approx(want, rel=1e-12)

@@ -62,8 +62,10 @@ class DeepLabV3(nn.Module):
 
     def logits(self, embeddings: Tensor, class_names: Sequence[str]) -> Tensor:
         """(B, D, h, w) x (C, D) -> (B, C, h, w), scaled cosines."""
-        text = self.backbone.text(tuple(class_names)).to(embeddings)  # (C, D)
-        return torch.einsum("bdhw,cd->bchw", embeddings, text) * self.log_scale.exp().clamp(max=100)
+        with torch.autocast(embeddings.device.type, enabled=False):  # a scale of 100 needs digits
+            text = self.backbone.text(tuple(class_names)).to(embeddings.device)  # (C, D)
+            cosine = torch.einsum("bdhw,cd->bchw", embeddings.float(), text)
+            return cosine * self.log_scale.exp().clamp(max=100)
 
     def loss(self, outputs: Tensor, targets: dict) -> dict[str, Tensor]:
         """Cross-entropy over the batch's vocabulary; ignored pixels do not count.
@@ -77,8 +79,22 @@ class DeepLabV3(nn.Module):
         return {"loss": F.cross_entropy(logits.float(), labels, ignore_index=IGNORE)}
 
     def scores(self, images: Tensor, class_names: Sequence[str]) -> Tensor:
-        """Class scores (B, C, h, w) at the output stride, for any vocabulary."""
-        return self.logits(self(images), class_names)
+        """Class scores (B, C, h, w) for any vocabulary, about one a output stride.
+
+        They cover the whole picture: sides that are no multiple of 32, which the trunk would cut
+        short, are padded with grey, and the scores are read off the true extent.
+        """
+        h, w = images.shape[-2:]
+        high, wide = -h % 32, -w % 32  # rows and columns to add
+        padded = F.pad(images, (0, wide, 0, high), value=0.5)
+        scores = self.logits(self(padded), class_names)
+        if not (high or wide):
+            return scores
+        x, y = w / (w + wide), h / (h + high)  # share of the padded picture
+        size = [len(scores), 1, math.ceil(scores.shape[-2] * y), math.ceil(scores.shape[-1] * x)]
+        part = scores.new_tensor([[x, 0, x - 1], [0, y, y - 1]]).expand(len(scores), 2, 3)
+        grid = F.affine_grid(part, size, align_corners=False)
+        return F.grid_sample(scores, grid, padding_mode="border", align_corners=False)
 
 
 def set_output_stride(visual: nn.Module, output_stride: int) -> None:
