@@ -133,6 +133,19 @@ def test_weightwatcher_default_path_agrees(rn50):
         np.testing.assert_allclose(ours[column], theirs[column], rtol=1e-6)
 
 
+def test_csn_equals_weightwatcher_on_the_same_spectra():
+    """All without ties: at ties WeightWatcher and powerlaw differ, and we do as powerlaw."""
+    pytest.importorskip("weightwatcher", reason="pip install weightwatcher")
+    from weightwatcher.WW_powerlaw import pl_fit
+
+    untied = [x for x in mixed_spectra(200) if len(np.unique(x)) == len(x)]
+    assert len(untied) > 140
+    for eigs in untied:
+        theirs, ours = pl_fit(data=np.sort(eigs)), fit_alpha(eigs)
+        np.testing.assert_allclose(
+            [ours.alpha, ours.xmin, ours.D], [theirs.alpha, theirs.xmin, theirs.D], rtol=1e-6)
+
+
 def test_mid_and_peak_rules_equal_a_direct_reading_of_their_definitions(rn50_eigs):
     spectra = [np.unique(x) for x in mixed_spectra(70)]
     for eigs in spectra + [rn50_eigs["layer2.0.conv2"], rn50_eigs["layer3.0.conv1"]]:
