@@ -15,6 +15,9 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="opentrans-tests-")
     os.environ["OPENTRANS_RUNS"] = folder.name
     config.add_cleanup(folder.cleanup)
+    # nbval reads a cell's messages after its end, and ZeroMQ drops what is over 1,000 of them, the
+    # one that says "done" included: bars may not write ten lines a second for minutes.
+    os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

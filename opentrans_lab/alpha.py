@@ -5,6 +5,7 @@ x >= xmin (paper, Eq. 2). A small alpha, a heavy tail, tends to mean a well-trai
 
     from opentrans_lab.alpha import layer_alphas
     layer_alphas(model).sort_values("alpha")
+    layer_alphas(read_state_dict("clip.pt", prefix="visual."))  # a file, no model built
 
 Four published procedures disagree on which layers that are, so `reshape` (which matrices) and
 `rule` (where the tail begins) are explicit and stand in every row. Stands on torch, numpy and
@@ -16,7 +17,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from .errors import LabError
 from .esd import CONTROLS, RESHAPES, esd, mp_edge, randomise, spectra
-from .layers import Layer, layers, read_state_dict
+from .layers import Layer, layers
+from .statedict import read_state_dict
 from .tailfit import RULES, Fit, choose, fit_alpha
 
 __all__ = [
     "AUTHORS_FROZEN", "CONTROLS", "RESHAPES", "RULES", "AuthorsComparison", "Fit", "Spectrum",
-    "alpha_table", "compare_authors", "esd", "fit_alpha", "layer_alphas", "layer_spectra",
-    "mp_edge", "randomise", "read_state_dict", "sensitivity",
+    "compare_authors", "esd", "fit_alpha", "layer_alphas", "layer_spectra", "mp_edge",
+    "randomise", "read_state_dict", "sensitivity",
 ]
 
 # The authors' own selection on CLIP RN50 (27 of 55 convolutions), read from their public code.
@@ -74,9 +75,11 @@ def layer_alphas(
         A layer that cannot be fitted has NaN alpha and a status that says why. A status of
         "small tail" marks a fit on fewer than 20 values: it counts, but look at its sigma.
     Raises:
-        LabError: unknown reshape, rule or control; nothing to analyse.
+        LabError: unknown reshape, rule or control; a negative bootstrap; nothing to analyse.
     """
     choose("rule", rule, RULES)
+    if bootstrap < 0:
+        raise LabError(f"bootstrap={bootstrap} replicates; use 0 for none, or about 100")
     found = _included(model, exclude)
     eigs = spectra(found, reshape, progress=progress)
     noise = spectra(found, reshape, control, seed, progress) if control else [None] * len(found)
@@ -149,16 +152,6 @@ def _included(model: nn.Module | Mapping[str, Tensor], exclude: Sequence[str]) -
     if not found:
         raise LabError("no weight with two or more axes in this model; nothing to analyse")
     return found
-
-
-def alpha_table(target: str | Path | nn.Module | Mapping[str, Tensor], prefix: str = "",
-                **options) -> pd.DataFrame:
-    """:func:`layer_alphas` of a model, a state dict or a checkpoint *file*, which is read without
-    building its model. `prefix` keeps the keys below it, e.g. ``"visual."`` of a whole CLIP.
-    """
-    if isinstance(target, (str, Path)):
-        target = read_state_dict(target, prefix)
-    return layer_alphas(target, **options)
 
 
 def sensitivity(model: nn.Module | Mapping[str, Tensor], reshapes: Sequence[str] = RESHAPES,

@@ -149,29 +149,29 @@ class AlphaCommand:
         import open_clip
 
         from .backbone import RESNETS, load_backbone
-        from .weights import fetch, read
+        from .statedict import read_state_dict
+        from .weights import fetch
 
         file, prefix = Path(self.model).expanduser(), self.prefix
-        if not file.is_file():
-            others = set(open_clip.list_models()) - RESNETS.keys()
-            if self.model not in others:  # a ResNet, the mini, or an error that lists them
-                return load_backbone(self.model, self.checkpoint, "cpu").visual
-            known = open_clip.pretrained.get_pretrained_cfg(self.model, self.checkpoint)
-            if not known and not Path(self.checkpoint).is_file():
-                tags = open_clip.list_pretrained_tags_by_model(self.model)
-                raise LabError(
-                    f"--checkpoint {self.checkpoint!r} is no file and no tag of {self.model}; "
-                    f"its tags are {', '.join(tags)}"
-                )
-            file = fetch(self.model, self.checkpoint, known) if known else Path(self.checkpoint)
-            prefix = prefix or "visual."
-        state = read(file)[0]
-        kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if not kept:
+        if file.is_file():
+            if self.checkpoint:
+                raise LabError(f"{file} is a file already; --checkpoint goes with a model's name")
+            return read_state_dict(file, prefix)
+        others = set(open_clip.list_models()) - RESNETS.keys()
+        if self.model not in others:  # a ResNet, the mini, or an error that lists them
+            if prefix:
+                raise LabError(f"--prefix goes with a file of weights, not with {self.model}")
+            return load_backbone(self.model, self.checkpoint, "cpu").visual
+        known = open_clip.pretrained.get_pretrained_cfg(self.model, self.checkpoint)
+        file = Path(self.checkpoint).expanduser()
+        if not known and not file.is_file():
+            tags = open_clip.list_pretrained_tags_by_model(self.model)
             raise LabError(
-                f"{file} has no key under {prefix!r}; its first is {next(iter(state))!r}"
+                f"--checkpoint {self.checkpoint!r} is no file and no tag of {self.model}; "
+                f"its tags are {', '.join(tags)}"
             )
-        return kept
+        file = fetch(self.model, self.checkpoint, known) if known else file
+        return read_state_dict(file, prefix or "visual.")
 
 
 @dataclass

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .errors import LabError
@@ -112,40 +110,3 @@ def _checked(name: str, kind: str, tensor: Tensor, mask: Tensor | None, groups: 
     elif not tensor.is_floating_point():
         reason = f"weights of type {str(tensor.dtype).removeprefix('torch.')}, not floating point"
     return Layer(name, kind, tensor, mask, groups, reason)
-
-
-def read_state_dict(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of a .safetensors file or a weights-only pickle, on the CPU, without any model.
-
-    Nested checkpoints ({"state_dict": …}, {"model": …}) are opened and a ``module.`` prefix is
-    dropped. With `prefix` only the keys below it are kept, without it ("visual.").
-
-    Raises:
-        LabError: missing or unreadable file, no tensors in it, or no key with that prefix.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise LabError(f"{path} does not exist; give a .safetensors or .pt file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise LabError(f"{path} is neither safetensors nor a pickle of plain tensors ({error!s:.80}"
-                       "); save model.state_dict() and try again") from error
-    while isinstance(state, Mapping) and not any(isinstance(v, Tensor) for v in state.values()):
-        inner = [v for v in state.values() if isinstance(v, Mapping)]
-        if not inner:
-            break
-        state = max(inner, key=len)
-    tensors = {str(key).removeprefix("module."): value for key, value in
-               (state.items() if isinstance(state, Mapping) else ()) if isinstance(value, Tensor)}
-    if not tensors:
-        raise LabError(f"{path} holds no named tensors; save model.state_dict() and try again")
-    kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    if not kept:
-        raise LabError(f"{path} has no key under {prefix!r}; its first is {next(iter(tensors))!r}")
-    return kept

@@ -221,7 +221,6 @@ def _log(pending: list[dict], bar: tqdm, began: float, images: int) -> list[dict
     rows = [
         {k: float(v) if isinstance(v, Tensor) else v for k, v in row.items()} for row in pending
     ]
-    bar.update(len(rows))
     for row in rows:
         if not math.isfinite(row["loss"]):
             raise LabError(
@@ -230,7 +229,8 @@ def _log(pending: list[dict], bar: tqdm, began: float, images: int) -> list[dict
             )
     if rows:
         speed = images / (time.perf_counter() - began)
-        bar.set_postfix_str(f"loss {rows[-1]['loss']:.3f}, {speed:.0f} images/s")
+        bar.set_postfix_str(f"loss {rows[-1]['loss']:.3f}, {speed:.0f} images/s", refresh=False)
+    bar.update(len(rows))
     return rows
 
 

@@ -18,7 +18,6 @@ from opentrans_lab import alpha, esd
 from opentrans_lab.alpha import (
     AUTHORS_FROZEN,
     RULES,
-    alpha_table,
     compare_authors,
     fit_alpha,
     layer_alphas,
@@ -391,11 +390,14 @@ def test_state_dict_files_need_no_model(tmp_path):
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     nested = {f"module.visual.{k}": v for k, v in model.state_dict().items()}
     torch.save({"epoch": 3, "state_dict": nested}, tmp_path / "b.pt")
-    pd.testing.assert_frame_equal(alpha_table(tmp_path / "a.safetensors"), expected)
-    pd.testing.assert_frame_equal(alpha_table(tmp_path / "b.pt", prefix="visual."), expected)
+    flat = read_state_dict(tmp_path / "a.safetensors")
+    pd.testing.assert_frame_equal(layer_alphas(flat), expected)
+    opened = read_state_dict(tmp_path / "b.pt", prefix="visual.")
+    pd.testing.assert_frame_equal(layer_alphas(opened), expected)
     (tmp_path / "bad.pt").write_bytes(b"no")
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
-    for name, word in (("no.pt", "does not exist"), ("bad.pt", "neither"), ("empty.pt", "tensors")):
+    said = {"no.pt": "does not exist", "bad.pt": "damaged", "empty.pt": "holds no"}
+    for name, word in said.items():
         with pytest.raises(LabError, match=word):
             read_state_dict(tmp_path / name)
     with pytest.raises(LabError, match="'text.'"):

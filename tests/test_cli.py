@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opentrans_lab import __version__
-from opentrans_lab.results import run_dir
+from opentrans_lab.results import PROJECT, run_dir
 
 SAVE = 'run.save({"value": seed})'
 USERS = "from opentrans_lab.errors import LabError\nraise LabError('no folder /x; name another')"
@@ -119,9 +119,12 @@ def test_alpha_of_the_mini_and_of_a_bare_file(tmp_path):
         (("mini", "--rule", "magic"), "rule 'magic' is unknown; use one of csn"),
         (("ViT-B-16", "--checkpoint", "none"), "no tag of ViT-B-16; its tags are openai"),
         (("mini", "--compare", "friends"), "--compare friends is unknown"),
+        (("mini", "--prefix", "visual."), "--prefix goes with a file"),
+        (("README.md", "--checkpoint", "openai"), "README.md is a file already"),
+        (("mini", "--bootstrap", "-1"), "bootstrap=-1 replicates"),
         (("mini", "--compare", "authors"), "not the visual tower of CLIP RN50"),
     ],
 )
 def test_alpha_says_what_is_wrong(args, sentence):
-    told = subprocess.run([*COMMAND, "alpha", *args], capture_output=True, text=True)
+    told = subprocess.run([*COMMAND, "alpha", *args], capture_output=True, text=True, cwd=PROJECT)
     assert told.returncode == 2 and sentence in told.stderr and "Traceback" not in told.stderr

@@ -1,0 +1,68 @@
+"""Tensors out of foreign files, without building a model and without running what is in them."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .errors import LabError
+
+
+def read_state_dict(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
+    """The named tensors of a file, on the CPU, in the file's dtypes and order.
+
+    Reads safetensors, pickles of plain tensors (``weights_only``, so no code of theirs runs) and
+    TorchScript archives such as OpenAI's. Nested checkpoints ({"state_dict": …}, {"model": …}) are
+    opened, what is no tensor is left out, and a ``module.`` prefix is dropped. With `prefix` only
+    the keys below it are kept, without it ("visual.").
+
+    Raises:
+        LabError: missing or unreadable file, no tensors in it, or no key with that prefix.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise LabError(f"{path} does not exist; give a .safetensors or .pt file")
+    try:
+        state = _read(path)
+    except Exception as error:  # readers raise whatever the broken bytes lead to
+        raise LabError(
+            f"{path} cannot be read as weights ({type(error).__name__}); it is damaged or holds "
+            "more than tensors: fetch it again, or save its state dict alone"
+        ) from error
+    while isinstance(state, Mapping) and not any(isinstance(v, Tensor) for v in state.values()):
+        inner = [v for v in state.values() if isinstance(v, Mapping)]
+        if not inner:
+            break
+        state = max(inner, key=len)
+    named = state.items() if isinstance(state, Mapping) else ()
+    tensors = {str(k).removeprefix("module."): v for k, v in named if isinstance(v, Tensor)}
+    if not tensors:
+        raise LabError(f"{path} holds no state dict; save model.state_dict() instead")
+    kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if not kept:
+        raise LabError(f"{path} has no key under {prefix!r}; its first is {next(iter(tensors))!r}")
+    return kept
+
+
+def is_jit(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, the form in which OpenAI publishes CLIP."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def _read(path: Path):
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if is_jit(path):
+        with warnings.catch_warnings():  # OpenAI's files have this form, deprecated or not
+            warnings.simplefilter("ignore", FutureWarning)
+            return dict(torch.jit.load(path, map_location="cpu").state_dict())
+    return torch.load(path, map_location="cpu", weights_only=True)
