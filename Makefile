@@ -41,8 +41,9 @@ mini-clip: env  ## train the mini CLIP from scratch (about 20 minutes on two cor
 campaign: env  ## run the large grids for MINUTES minutes (MINUTES=60), going on where it stopped
 	$(BIN)/opentrans-lab campaign --minutes $(MINUTES)
 
-bench: env  ## time the spectral analysis
+bench: env  ## time alpha and masks against the libraries that do the same
 	$(BIN)/python tests/bench_alpha.py
+	$(BIN)/python tests/bench_masks.py
 
 clean:  ## remove caches and build products; runs and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

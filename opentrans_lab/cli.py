@@ -71,7 +71,10 @@ class ReportCommand:
 
 @dataclass
 class CampaignCommand:
-    """Run the large grid in slices: stops cleanly when time is up, and goes on the next time."""
+    """Run a large grid in slices: stops cleanly when time is up, and goes on the next time.
+
+    What has finished is also copied, without notebooks and weights, to results/<revision>.
+    """
 
     minutes: float = 60.0
     """After this, training stops at its next step with a checkpoint."""
@@ -82,8 +85,12 @@ class CampaignCommand:
         from .batch import run_grid, run_notebook
         from .grids import load_grid
         from .report import build_report
+        from .results import publish
 
-        code = _exit_code(run_grid(load_grid(self.grid), deadline=self.minutes))
+        done = run_grid(load_grid(self.grid), deadline=self.minutes)
+        code = _exit_code(done)
+        if finished := [r.folder for r in done if r.status in ("ok", "finished before")]:
+            print(f"published: {publish(finished)}")
         tables = self.grid.parent.parent / "05_paper_tables.ipynb"
         if tables.is_file():  # it reads the other runs, so what it said before is out of date
             code = max(code, _exit_code([run_notebook(tables, force=True)]))
@@ -175,6 +182,84 @@ class AlphaCommand:
 
 
 @dataclass
+class MaskInfo:
+    """Density, origin and every layer of a mask."""
+
+    mask: Positional[Path]
+    """Of this lab (.safetensors) or the authors' (.pth)."""
+
+    def __call__(self) -> int:
+        from .maskfiles import describe
+
+        print(describe(self.mask))
+        return 0
+
+
+@dataclass
+class MaskApply:
+    """Set a checkpoint's pruned weights to 0 and write it as safetensors."""
+
+    mask: Positional[Path]
+    """Of this lab (.safetensors) or the authors' (.pth)."""
+    checkpoint: Positional[Path]
+    """State dict that holds the CLIP tower, anywhere."""
+    out: Path
+    """Where to write."""
+    prefix: str | None = None
+    """Of the tower ("backbone.clip_model.visual."); found by itself when left out."""
+    partial: bool = False
+    """Go on if only some of the mask's tensors are there."""
+    compact: bool = False
+    """One bit a zero: about a sixth of the size; this lab reads it like any other file."""
+    force: bool = False
+    """Overwrite."""
+
+    def __call__(self) -> int:
+        from .maskfiles import apply_to_file
+
+        print(apply_to_file(self.mask, self.checkpoint, self.out, self.prefix, self.partial,
+                            self.compact, self.force))  # fmt: skip
+        return 0
+
+
+@dataclass
+class MaskConvert:
+    """The authors' masks to this lab's form, or back."""
+
+    mask: Positional[Path]
+    """Of this lab (.safetensors) or the authors' (.pth)."""
+    out: Positional[Path]
+    """Its ending says which form."""
+    checkpoint: Path | None = None
+    """The tower's weights, which the authors' form holds, too."""
+    force: bool = False
+    """Overwrite."""
+
+    def __call__(self) -> int:
+        from .maskfiles import convert
+
+        print(convert(self.mask, self.out, self.checkpoint, self.force))
+        return 0
+
+
+MaskAction = (
+    Annotated[MaskInfo, named("info")]
+    | Annotated[MaskApply, named("apply")]
+    | Annotated[MaskConvert, named("convert")]
+)
+
+
+@dataclass
+class MaskCommand:
+    """Masks in files: what one is, put it into a checkpoint, exchange it with the authors' code."""
+
+    action: MaskAction
+
+    def __call__(self) -> int:
+        return self.action()
+
+
+@dataclass
 class MiniClipCommand:
     """Train the mini CLIP from scratch on procedural scenes; resumes where it stopped."""
 
@@ -197,6 +282,7 @@ Command = (
     Annotated[RunCommand, named("run")]
     | Annotated[ReportCommand, named("report")]
     | Annotated[AlphaCommand, named("alpha")]
+    | Annotated[MaskCommand, named("mask")]
     | Annotated[CampaignCommand, named("campaign")]
     | Annotated[MiniClipCommand, named("mini-clip")]
 )

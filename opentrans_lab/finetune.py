@@ -9,7 +9,7 @@ import pandas as pd
 from torch import nn
 
 from .errors import LabError
-from .masks import locate
+from .tower import locate
 
 SELECTIONS = ("none", "low_alpha", "high_alpha", "random")
 
@@ -53,7 +53,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> int:
     The tower is found in any nested module. Gradients are never computed, so AdamW neither moves
     nor decays them: they stay bit-identical. BN stays trainable, as in the authors' code.
     """
-    found = locate(model, [f"{name}.weight" for name in names])
+    found = locate(model, [f"{name}.weight" for name in names]).tensors
     for weight in found.values():
         weight.requires_grad_(False)
         weight.grad = None
@@ -62,5 +62,5 @@ def freeze(model: nn.Module, names: Iterable[str]) -> int:
 
 def unfreeze(model: nn.Module, names: Iterable[str]) -> None:
     """Undo ``freeze``."""
-    for weight in locate(model, [f"{name}.weight" for name in names]).values():
+    for weight in locate(model, [f"{name}.weight" for name in names]).tensors.values():
         weight.requires_grad_(True)

@@ -116,3 +116,20 @@ def kd_loss(
         else:
             loss = torch.stack([term.mean() for term in used]).sum()
     return {"loss": loss, "plain": plain.mean(), "text": pairs.mean()}
+
+
+def class_loss(
+    student: Tensor, text: Tensor, classes: Tensor, temperature: float = 0.07
+) -> dict[str, Tensor]:
+    """Not L_KD, but what the paper argues against: regions classified by their labels.
+
+    Cross-entropy of cosine / temperature, over the vocabulary of the batch. It gives the ablation
+    its supervised peer; no other stage uses it.
+
+    Args:
+        student: v (R, D), text: (C, D), both L2-normalised. classes: (R,) int64.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        logits = student.float() @ text.float().T / temperature
+        loss = F.cross_entropy(logits, classes) if len(classes) else logits.sum()
+    return {"loss": loss, "class": loss}

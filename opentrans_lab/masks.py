@@ -8,53 +8,23 @@ density 0.1. The first stem convolution is never pruned and is not in the mask (
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .authors import read_authors, write_authors
 from .errors import LabError
+from .results import atomic_path
+from .statedict import pack_bits, unpack_bits
+from .topk import top_k
+from .tower import Match, locate, prunable
 
-FIRST = "conv1.weight"  # the first stem convolution: it reads pixels and is never pruned
-
-
-def prunable(visual: nn.Module) -> dict[str, nn.Parameter]:
-    """Convolution weights that Algorithm 1 prunes: all but the first, by parameter name."""
-    weights = {
-        f"{name}.weight": module.weight
-        for name, module in visual.named_modules()
-        if isinstance(module, nn.Conv2d)
-    }
-    if FIRST not in weights:
-        raise LabError("this is no CLIP ResNet tower: it has no 'conv1.weight'")
-    return {name: weight for name, weight in weights.items() if name != FIRST}
-
-
-def locate(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters that a tower's ``names`` mean in ``model``, whichever module holds the tower.
-
-    Raises:
-        LabError: no nested module has them all, or more than one has.
-    """
-    names, parameters = list(names), dict(model.named_parameters())
-    if not names:
-        return {}
-    first = names[0]
-    prefixes = [n.removesuffix(first) for n in parameters if f".{n}".endswith(f".{first}")]
-    prefixes = [p for p in prefixes if all(p + name in parameters for name in names)]
-    if len(prefixes) != 1:
-        kind = f"{len(prefixes)} towers {prefixes}" if prefixes else "no tower"
-        raise LabError(
-            f"{kind} in this model with all of the {len(names)} weights named, such as {first!r}; "
-            "were they named for another backbone?"
-        )
-    return {name: parameters[prefixes[0] + name] for name in names}
+FORMAT = "opentrans-mask-1"
 
 
 class Mask(Mapping[str, Tensor]):
@@ -139,77 +109,108 @@ class Mask(Mapping[str, Tensor]):
 
         Ties go to the weight that comes first in the tower, so the mask is a function of the
         weights. Used for every round of Algorithm 1 and, in one shot, for ``oneshot``.
+
+        Raises:
+            LabError: ``keep`` is not between 1 and the number of weights.
         """
         weights = prunable(visual)
-        scores = torch.cat([w.detach().abs().flatten().float() for w in weights.values()])
-        if within is not None:
-            alive = torch.cat([within[name].flatten() for name in weights]).to(scores.device)
-            scores = torch.where(alive, scores, -1.0)
-        if not 0 < keep <= (len(scores) if within is None else within.kept):
-            raise LabError(f"cannot keep {keep:,} of {len(scores):,} weights")
-        return cls(_split(_top(scores, keep), weights))
+        if keep < 1:
+            raise LabError(f"cannot keep {keep:,} weights: a mask keeps at least one")
+        alive = None if within is None else [within[name] for name in weights]
+        best = top_k(weights.values(), keep, alive, score=lambda w: w.abs().float())
+        return cls(dict(zip(weights, best, strict=True)))
+
+    @classmethod
+    def by_score(cls, scores: Mapping[str, Tensor], like: Mask) -> Mask:
+        """As many weights in each layer as ``like`` keeps: those with the largest ``scores``.
+
+        With :func:`opentrans_lab.prune.wanda_scores` this is a Wanda-like peer of
+        ``random_layerwise``.
+        """
+        return cls({name: top_k([scores[name].cpu()], int(t.sum()))[0] for name, t in like.items()})
 
     @classmethod
     def random_global(cls, visual: nn.Module, keep: int, seed: int = 0) -> Mask:
         """``keep`` weights drawn uniformly over the whole tower."""
-        weights = prunable(visual)
-        total = sum(w.numel() for w in weights.values())
-        scores = torch.rand(total, generator=torch.Generator().manual_seed(seed))
-        return cls(_split(_top(scores, keep), weights))
+        weights, generator = prunable(visual), torch.Generator().manual_seed(seed)
+        scores = [torch.rand(w.shape, generator=generator) for w in weights.values()]
+        return cls(dict(zip(weights, top_k(scores, keep), strict=True)))
 
     @classmethod
     def random_layerwise(cls, like: Mask, seed: int = 0) -> Mask:
         """As many weights in each layer as ``like`` keeps, drawn uniformly within the layer."""
         generator = torch.Generator().manual_seed(seed)
-        return cls(
-            {
-                name: _top(torch.rand(t.numel(), generator=generator), int(t.sum())).view(t.shape)
-                for name, t in like.items()
-            }
+        return cls.by_score(
+            {name: torch.rand(t.shape, generator=generator) for name, t in like.items()}, like
         )
 
     # --- put into a model -----------------------------------------------------------------------
 
-    def find(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The model's parameters that this mask speaks of, by mask name, in any nested module.
-
-        Raises:
-            LabError: a name is missing, ambiguous, or of another shape (nothing is changed).
-        """
-        found = locate(model, self)
-        self._same_shapes(found, "the model")
-        return found
+    def find(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        prefix: str | None = None,
+        partial: bool = False,
+    ) -> Match:
+        """The tensors of ``model`` that this mask speaks of, see :func:`locate`."""
+        return locate(model, self, prefix, partial)
 
     @torch.no_grad()
-    def apply(self, model: nn.Module) -> int:
-        """Set pruned weights to exactly 0 in place; returns how many tensors matched."""
-        found = self.find(model)
-        for name, parameter in found.items():
-            parameter.mul_(self[name].to(parameter.device))
-        return len(found)
+    def apply(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        prefix: str | None = None,
+        partial: bool = False,
+    ) -> Match:
+        """Set pruned weights to exactly 0, in place, wherever the model keeps its CLIP tower.
 
-    def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        Args:
+            model: any module that holds the tower (FC-CLIP's ``backbone.clip_model.visual``, Han
+                et al.'s ``backbone``), or its state dict.
+            prefix: of the tower; found by the parameters' names when it is None.
+            partial: go on if only some of the mask's tensors are there.
+
+        Returns:
+            what matched; ``str`` of it says how many and where.
+        Raises:
+            LabError: a name is missing, ambiguous, or of another shape; nothing is changed.
+        """
+        match = self.find(model, prefix, partial)
+        for name, tensor in match.tensors.items():
+            tensor.mul_(self[name].to(tensor.device))
+        return match
+
+    def keep(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        prefix: str | None = None,
+        partial: bool = False,
+    ):
         """Hold the mask through training: pruned weights are 0 again after every ``step``.
 
-        One fused multiplication an update. Returns a handle; ``handle.remove()`` lets go.
+        One fused multiplication an update, in anybody's training loop. Returns a handle;
+        ``handle.remove()`` lets go.
         """
-        parameters = list(self.find(model).values())
+        match = self.find(model, prefix, partial)
+        parameters = list(match.tensors.values())
         masks: list[Tensor] = []
 
         @torch.no_grad()
         def hook(*_) -> None:
             if not masks or masks[0].device != parameters[0].device:
                 masks[:] = [
-                    torch.empty_like(p).copy_(t)
-                    for t, p in zip(self.values(), parameters, strict=True)
+                    torch.empty_like(p).copy_(self[name])
+                    for name, p in zip(match.tensors, parameters, strict=True)
                 ]
             torch._foreach_mul_([p.data for p in parameters], masks)
 
         return optimizer.register_step_post_hook(hook)
 
-    def verify(self, model: nn.Module) -> bool:
+    def verify(self, model: nn.Module | Mapping[str, Tensor], prefix: str | None = None) -> bool:
         """True if every pruned weight of the model is exactly 0."""
-        return all(not p[~self[name].to(p.device)].any() for name, p in self.find(model).items())
+        found = self.find(model, prefix).tensors
+        return all(not p[~self[name].to(p.device)].any() for name, p in found.items())
 
     def _same_shapes(self, tensors: Mapping[str, Tensor], whose: str) -> None:
         for name, tensor in self.items():
@@ -224,15 +225,10 @@ class Mask(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, eight weights a byte, atomically."""
-        path = Path(path)
-        packed = {n: torch.from_numpy(np.packbits(t.numpy().reshape(-1))) for n, t in self.items()}
         shapes = json.dumps({name: list(t.shape) for name, t in self.items()})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(
-            packed, partial, metadata=self.meta | {"format": "opentrans-mask-1", "shapes": shapes}
-        )
-        partial.replace(path)
+        about = self.meta | {"format": FORMAT, "shapes": shapes}
+        with atomic_path(path) as partial:
+            save_file({name: pack_bits(t) for name, t in self.items()}, partial, metadata=about)
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
@@ -242,33 +238,38 @@ class Mask(Mapping[str, Tensor]):
             LabError: missing, not safetensors, or not a mask of this lab.
         """
         try:
-            with safe_open(path, framework="np") as file:
+            with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 packed = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise LabError(f"cannot read a mask from {path}: {error}") from error
-        if meta.pop("format", None) != "opentrans-mask-1":
-            raise LabError(f"{path} is no mask of this lab; make one with `Mask.save`")
-        tensors = {}
-        for name, shape in json.loads(meta.pop("shapes")).items():
-            bits = np.unpackbits(packed[name], count=int(np.prod(shape)))
-            tensors[name] = torch.from_numpy(bits.astype(bool)).view(shape)
-        return cls(tensors, **meta)
+        if meta.pop("format", None) != FORMAT:
+            raise LabError(
+                f"{path} is no mask of this lab; make one with `Mask.save`, or convert the authors'"
+                " with `opentrans-lab mask convert`"
+            )
+        shapes = json.loads(meta.pop("shapes"))
+        return cls({name: unpack_bits(packed[name], shapes[name]) for name in shapes}, **meta)
 
+    @classmethod
+    def from_authors(cls, path: str | Path) -> Mask:
+        """The mask of the authors' ``seg_backbone_imp{k}.pth``, see :mod:`opentrans_lab.authors`.
 
-def _top(scores: Tensor, keep: int) -> Tensor:
-    """Exactly ``keep`` True at the largest scores; of equal ones the earliest."""
-    if keep >= len(scores):
-        return torch.ones_like(scores, dtype=torch.bool)
-    if keep == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(len(scores) - keep + 1).values
-    chosen = scores > threshold
-    tied = torch.nonzero(scores == threshold).flatten()
-    chosen[tied[: keep - int(chosen.sum())]] = True
-    return chosen
+        Raises:
+            LabError: unreadable, holds more than tensors, or no mask of torch.nn.utils.prune.
+        """
+        return cls(read_authors(path), source=Path(path).name)
 
+    def to_authors(
+        self, model: nn.Module | Mapping[str, Tensor], path: str | Path, prefix: str | None = None
+    ) -> None:
+        """Write mask and the tower's weights as the authors' code expects them.
 
-def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = flat.cpu().split([w.numel() for w in like.values()])
-    return {name: part.view(w.shape) for (name, w), part in zip(like.items(), parts, strict=True)}
+        Raises:
+            LabError: the model is of another backbone.
+        """
+        match = self.find(model, prefix)
+        state = model.state_dict() if isinstance(model, nn.Module) else model
+        under = len(match.prefix)
+        tower = {k[under:]: v for k, v in state.items() if k.startswith(match.prefix)}
+        write_authors(tower, self, path)

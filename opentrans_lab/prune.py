@@ -6,10 +6,11 @@ until the density is reached. One folder a round; a run killed at any moment goe
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -21,10 +22,13 @@ from tqdm.auto import tqdm
 
 from .backbone import Backbone, frozen_copy
 from .errors import LabError
-from .losses import cap_regions, crop_regions, kd_loss, pool_regions, region_images
+from .losses import cap_regions, class_loss, crop_regions, kd_loss, pool_regions, region_images
 from .masks import Mask
-from .results import atomic_path
+from .results import atomic_path, revision
+from .tower import prunable
 from .train import TrainConfig, fit
+
+TERMS = ("both", "plain", "text", "class")
 
 
 @dataclass(frozen=True)
@@ -41,21 +45,40 @@ class PruneConfig:
     lr: float = 1e-4
     """Constant."""
     terms: str = "both"
-    """Terms of L_KD: ``"both"``, ``"plain"``, ``"text"``."""
+    """Terms of L_KD: ``"both"``, ``"plain"``, ``"text"``. ``"class"`` is no distillation but
+    supervision by class labels, which the paper argues against: the ablation's peer."""
     mean: str = "joint"
     """How the terms are averaged, see ``kd_loss``."""
+    dense_steps: int = 0
+    """Steps of the same loss before the first round, on the unpruned tower (Algorithm 1's
+    pre-training; a pretrained CLIP can do without)."""
+    rewind: bool = False
+    """Put the surviving weights back to where round 1 started from after each pruning, as lottery
+    tickets do; by default training goes on from where it is, as in the authors' code."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints within a round."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.density < 1 and 0 < self.p < 1):
             raise LabError(f"density={self.density} and p={self.p} must lie between 0 and 1")
-        if self.steps < 1 or self.batch_size < 1:
-            raise LabError(f"steps={self.steps} and batch_size={self.batch_size} must be 1 or more")
+        if self.steps < 1 or self.batch_size < 1 or self.dense_steps < 0:
+            raise LabError(
+                f"steps={self.steps} and batch_size={self.batch_size} must be 1 or more, "
+                f"dense_steps={self.dense_steps} 0 or more"
+            )
+        if self.terms not in TERMS:
+            raise LabError(f"unknown terms={self.terms!r}; use one of {', '.join(TERMS)}")
 
     @property
     def rounds(self) -> int:
         """Rounds until at most ``density`` is left: 22 for 0.1 (0.0985; 21 would leave 0.109)."""
         return math.ceil(math.log(self.density) / math.log(1 - self.p) - 1e-9)
+
+    @property
+    def params(self) -> dict:
+        """What the result depends on: all but how often it is saved."""
+        return {k: v for k, v in asdict(self).items() if k != "checkpoint_every"}
 
     def kept(self, total: int, k: int) -> int:
         """Weights kept after k rounds: round(total·(1-p)^k)."""
@@ -86,15 +109,20 @@ class Student(nn.Module):
 
 
 def distillation(student: Student, teacher: Backbone, config: PruneConfig) -> Callable:
-    """The objective of Algorithm 1 for ``fit``: L_KD on the batch's regions and nothing else."""
+    """The objective of Algorithm 1 for ``fit``: L_KD on the batch's regions and nothing else.
+
+    With ``terms="class"`` it is the ablation's supervised peer instead.
+    """
 
     def objective(model: nn.Module, batch: dict) -> dict[str, Tensor]:
         masks, classes = cap_regions(batch["masks"], batch["classes"])
+        embedded = model(batch["images"], masks)  # (R, D)
+        names = teacher.text(batch["names"])  # (C, D)
+        if config.terms == "class":
+            return class_loss(embedded, names, torch.cat(classes))
         with torch.no_grad():
-            crops = crop_regions(batch["images"], masks, teacher.image_size)
-            target = teacher.embed(crops)  # (R, D)
-            words = teacher.text(batch["names"])[torch.cat(classes)]  # (R, D)
-        embedded = model(batch["images"], masks)
+            target = teacher.embed(crop_regions(batch["images"], masks, teacher.image_size))
+            words = names[torch.cat(classes)]  # (R, D): all that is left of a label
         return kd_loss(
             embedded, target, words, region_images(masks), student.scale, config.terms, config.mean
         )
@@ -131,47 +159,108 @@ def prune(
 ) -> tuple[Mask, pd.DataFrame]:
     """Algorithm 1 in place on ``backbone``: returns its mask and a table of the rounds.
 
-    Step s of round k sees the batch ``(k-1)·t + s``. Weights continue from round to round; each
-    round starts a fresh AdamW, so that no momentum of pruned weights survives. Folder ``out`` gets
-    ``round_KK/mask.safetensors`` a round and the last round's weights.
+    Step s of round k sees the batch ``dense_steps + (k-1)·t + s``. Weights continue from round to
+    round, or are rewound; each round starts a fresh AdamW, so that no momentum of pruned weights
+    survives. Folder ``out`` gets ``round_KK/`` with mask and history a round, and the last round's
+    weights; round 0 is the dense stage. A process killed at any moment goes on from there.
     """
     out = Path(out)
     teacher = frozen_copy(backbone)
     student = Student(backbone)
     objective = distillation(student, teacher, config)
     mask = Mask.dense(backbone.visual)
-    total, rows = mask.total, []
-    for k in tqdm(range(1, config.rounds + 1), desc="Algorithm 1", unit="round"):
+    total, rows, begin = mask.total, [], {}
+    tower = {name: p for name, p in student.backbone.named_parameters() if p.requires_grad}
+
+    def stage(folder: Path, first: int, steps: int, seed: int, title: str) -> pd.DataFrame:
+        training = TrainConfig(
+            steps, config.batch_size, config.lr, seed=seed,
+            checkpoint_every=config.checkpoint_every,
+        )  # fmt: skip
+        return fit(
+            student, objective, lambda start: batches(first + start), training,
+            folder / "checkpoints", mask, device=device, title=title,
+        ).history  # fmt: skip
+
+    for k in tqdm(range(config.rounds + 1), desc="Algorithm 1", unit="round"):
         folder = out / f"round_{k:02d}"
+        steps = config.steps if k else config.dense_steps
         if (folder / "history.csv").exists():  # written last: this round is whole
-            mask = Mask.load(folder / "mask.safetensors")
-            rows.append(_row(k, mask, pd.read_csv(folder / "history.csv")))
+            if k:
+                mask = Mask.load(folder / "mask.safetensors")
+                rows.append(_row(k, mask, pd.read_csv(folder / "history.csv")))
             if (folder / "student.safetensors").exists():
                 student.load_state_dict(load_file(folder / "student.safetensors"))
-            continue
-        first = (k - 1) * config.steps
-        history = fit(
-            student, objective, lambda start, first=first: batches(first + start),
-            TrainConfig(config.steps, config.batch_size, config.lr, seed=config.seed + k),
-            folder / "checkpoints", mask, device=device,
-            title=f"round {k}/{config.rounds}, density {mask.density:.3f}",
-        ).history  # fmt: skip
-        mask = Mask.by_magnitude(backbone.visual, config.kept(total, k), within=mask)
-        mask = Mask(mask, round=k, p=config.p, loss=f"L_KD {config.terms}", seed=config.seed,
-                    backbone=backbone.name)  # fmt: skip
-        mask.apply(student)
-        mask.save(folder / "mask.safetensors")
-        with atomic_path(folder / "student.safetensors") as path:
-            save_file({n: t.contiguous() for n, t in student.state_dict().items()}, path)
-        with atomic_path(folder / "history.csv") as path:
-            history.to_csv(path, index=False)
-        shutil.rmtree(folder / "checkpoints")
-        (out / f"round_{k - 1:02d}" / "student.safetensors").unlink(missing_ok=True)
-        rows.append(_row(k, mask, history))
+        elif steps:
+            first = config.dense_steps + (k - 1) * config.steps if k else 0
+            title = f"round {k}/{config.rounds}, density {mask.density:.3f}" if k else "dense stage"
+            history = stage(folder, first, steps, config.seed + k, title)
+            if k:
+                mask = Mask.by_magnitude(backbone.visual, config.kept(total, k), within=mask)
+                mask = Mask(
+                    mask, round=k, p=config.p, loss=_loss_name(config), seed=config.seed,
+                    backbone=backbone.name, revision=revision(),
+                )  # fmt: skip
+                if config.rewind:
+                    _restore(tower, begin)
+                mask.apply(student)
+                mask.save(folder / "mask.safetensors")
+                rows.append(_row(k, mask, history))
+            _save(student, folder / "student.safetensors")
+            with atomic_path(folder / "history.csv") as path:
+                history.to_csv(path, index=False)
+            shutil.rmtree(folder / "checkpoints")
+            if k > 1:
+                (out / f"round_{k - 1:02d}" / "student.safetensors").unlink(missing_ok=True)
+        if k == 0 and config.rewind:
+            begin = {name: p.detach().clone() for name, p in tower.items()}
     return mask, pd.DataFrame(rows)
 
 
+def _loss_name(config: PruneConfig) -> str:
+    return "class labels" if config.terms == "class" else f"L_KD {config.terms}"
+
+
+@torch.no_grad()
+def _restore(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def _save(student: Student, path: Path) -> None:
+    with atomic_path(path) as partial:
+        save_file({n: t.contiguous() for n, t in student.state_dict().items()}, partial)
+
+
 def _row(k: int, mask: Mask, history: pd.DataFrame) -> dict:
-    """The table's line of round k: L_KD is the mean over the round, before its pruning."""
-    losses = history[["loss", "plain", "text"]].mean()
+    """The table's line of round k: losses are means over the round, before its pruning."""
+    losses = history.drop(columns=["step", "lr"]).mean()
     return {"round": k, "density": mask.density, "kept": mask.kept, **losses}
+
+
+@torch.no_grad()
+def wanda_scores(backbone: Backbone, batches: Iterator[dict], count: int = 8) -> dict[str, Tensor]:
+    """|w| times the norm of what its input channel carries, by parameter name (for ``by_score``).
+
+    Wanda (Sun et al., 2023) on convolutions: the norm is over images and places of ``count``
+    batches. No label is looked at, and nothing is trained.
+    """
+    weights, squares, hooks = prunable(backbone.visual), {}, []
+
+    def watch(name: str) -> Callable:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            squares[name] = squares.get(name, 0) + inputs[0].float().square().sum((0, 2, 3))
+
+        return hook
+
+    for name in weights:
+        module = backbone.visual.get_submodule(name.removesuffix(".weight"))
+        hooks.append(module.register_forward_pre_hook(watch(name)))
+    training = backbone.training
+    backbone.eval()
+    for batch in itertools.islice(batches, count):
+        backbone(batch["images"].to(next(iter(weights.values())).device))
+    backbone.train(training)
+    for hook in hooks:
+        hook.remove()
+    return {name: w.abs() * squares[name].sqrt()[:, None, None] for name, w in weights.items()}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -209,11 +210,38 @@ def load(folder: Path) -> dict | None:
         raise LabError(f"{path} is damaged; delete its folder and run again") from error
 
 
+def results_root() -> Path:
+    """Where published runs are: ``$OPENTRANS_RESULTS``, else the project's ``results``."""
+    return Path(os.environ.get("OPENTRANS_RESULTS") or PROJECT / "results")
+
+
+def publish(folders: list[Path]) -> Path:
+    """Copy what finished runs measured (no notebooks, no weights) to ``results/<revision>/``.
+
+    That folder is small and meant to be committed: :func:`records` reads it beside the runs.
+    """
+    target = results_root() / revision()
+    for folder in folders:
+        for path in (p for p in folder.iterdir() if p.suffix in (".json", ".csv", ".png")):
+            with atomic_path(target / folder.parent.name / folder.name / path.name) as copy:
+                shutil.copyfile(path, copy)
+    return target
+
+
 def records(notebook: str | None = None) -> list[tuple[Path, dict]]:
-    """Folder and record of every finished run, by notebook name and then by time."""
-    folders = [p.parent for p in runs_root().glob(f"{notebook or '[!.]*'}/[!.]*/metrics.json")]
-    found = [(folder, record) for folder in folders if (record := load(folder))]
-    return sorted(found, key=lambda r: (r[1]["notebook"], r[1]["created"], r[1]["key"]))
+    """Folder and record of every finished run, by notebook name and then by time.
+
+    Published runs count, too; of several with the same parameters, the own run or the newest.
+    """
+    pattern, found = f"{notebook or '[!.]*'}/[!.]*/metrics.json", {}
+    for root in (*sorted(results_root().glob("*")), runs_root()):
+        for path in root.glob(pattern):
+            if record := load(path.parent):
+                key = (record["notebook"], record["key"])
+                old = found.get(key)
+                if root == runs_root() or not old or old[1]["created"] < record["created"]:
+                    found[key] = (path.parent, record)
+    return sorted(found.values(), key=lambda r: (r[1]["notebook"], r[1]["created"], r[1]["key"]))
 
 
 def collect(notebook: str | None = None) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from .finetune import SELECTIONS, freeze, select_layers
 from .frameworks import FRAMEWORKS, PRESETS, build
 from .lab import Lab, cached
 from .masks import Mask
-from .prune import PruneConfig, distill, prune
+from .prune import PruneConfig, distill, prune, wanda_scores
 from .results import atomic_path
 from .train import TrainConfig, fit
 from .transfer import ROWS, TRAINED, row_mask
@@ -121,7 +121,7 @@ def prune_stage(lab: Lab, config: PruneConfig) -> Pruned:
         mask.save(folder / "mask.safetensors")
         return {"seconds": time.perf_counter() - began}
 
-    folder, result = cached("prune", lab.params | asdict(config), work)
+    folder, result = cached("prune", lab.params | config.params, work)
     return Pruned(folder, result["seconds"])
 
 
@@ -129,7 +129,10 @@ def row_start(lab: Lab, row: str, config: PruneConfig) -> tuple[Backbone, Mask |
     """The backbone and the mask that ``row`` of the transfer table starts from."""
     backbone = lab.load()
     ours = prune_stage(lab, config) if row != "dense" else None
-    mask = row_mask(row, backbone, ours.mask if ours else None, config.seed)
+    scores = {}
+    if row == "wanda":
+        scores = wanda_scores(backbone, lab.batches(config.batch_size, config.seed)(0))
+    mask = row_mask(row, backbone, ours.mask if ours else None, config.seed, scores)
     if row == "ours":
         return ours.backbone(lab), mask
     if row in TRAINED:
@@ -144,7 +147,7 @@ def row_start(lab: Lab, row: str, config: PruneConfig) -> tuple[Backbone, Mask |
             _save_tower(backbone, folder / "visual.safetensors")
             return {"steps": budget}
 
-        folder, _ = cached("distill", lab.params | asdict(config) | {"row": row}, work)
+        folder, _ = cached("distill", lab.params | config.params | {"row": row}, work)
         backbone.visual.load_state_dict(load_file(folder / "visual.safetensors"))
     return backbone, mask
 
@@ -219,14 +222,12 @@ def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
     if recipe.select == "none":  # then alpha is never measured
         params = {k: v for k, v in params.items() if k not in ("reshape", "rule", "warmup")}
     if recipe.row != "dense":
-        params |= {f"prune_{key}": value for key, value in asdict(config).items()}
+        params |= {f"prune_{key}": value for key, value in config.params.items()}
     folder, metrics = cached("segment", params, work)
     return Segmented(folder, metrics)
 
 
-def transfer_table(
-    lab: Lab, recipe: Recipe, config: PruneConfig, rows: str = " ".join(ROWS)
-) -> pd.DataFrame:
+def transfer_table(lab: Lab, recipe: Recipe, config: PruneConfig, rows: str) -> pd.DataFrame:
     """``segment_stage`` for each of the space-separated ``rows``: one line a row, mIoU in %."""
     recipes = [replace(recipe, row=row) for row in rows.split()]  # a typo shows before any work
     found = [(r.row, segment_stage(lab, r, config)) for r in recipes]

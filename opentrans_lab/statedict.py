@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import LabError
 
+SPARSE = "opentrans-sparse-1"
 
-def read_state_dict(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
+
+def read_state_dict(path: str | Path, prefix: str = "", inside: str = "") -> dict[str, Tensor]:
     """The named tensors of a file, on the CPU, in the file's dtypes and order.
 
-    Reads safetensors, pickles of plain tensors (``weights_only``, so no code of theirs runs) and
-    TorchScript archives such as OpenAI's. Nested checkpoints ({"state_dict": …}, {"model": …}) are
-    opened, what is no tensor is left out, and a ``module.`` prefix is dropped. With `prefix` only
-    the keys below it are kept, without it ("visual.").
+    Reads safetensors (those of ``sparse.save_sparse`` too), pickles of plain tensors
+    (``weights_only``, so no code of theirs runs) and TorchScript archives such as OpenAI's. Nested
+    checkpoints ({"state_dict": …}, {"model": …}) are opened, at the key `inside` if they have it;
+    what is no tensor is left out, and a ``module.`` prefix is dropped. With `prefix` only the keys
+    below it are kept, without it ("visual.").
 
     Raises:
         LabError: missing or unreadable file, no tensors in it, or no key with that prefix.
@@ -35,6 +42,8 @@ def read_state_dict(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
             f"{path} cannot be read as weights ({type(error).__name__}); it is damaged or holds "
             "more than tensors: fetch it again, or save its state dict alone"
         ) from error
+    if isinstance(state, Mapping) and isinstance(state.get(inside), Mapping):
+        state = state[inside]
     while isinstance(state, Mapping) and not any(isinstance(v, Tensor) for v in state.values()):
         inner = [v for v in state.values() if isinstance(v, Mapping)]
         if not inner:
@@ -58,9 +67,33 @@ def is_jit(path: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool tensor as (ceil(n / 8),) uint8, the first of eight in the highest bit."""
+    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
+
+
+def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool tensor of ``shape`` that :func:`pack_bits` packed."""
+    bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
+    return torch.from_numpy(bits.view(bool)).view(*shape)
+
+
+def _unpack(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, packed or not."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata() or {}
+    if meta.get("format") == SPARSE:
+        for name, shape in json.loads(meta["shapes"]).items():
+            kept = unpack_bits(tensors.pop(f"{name}|bits"), shape)
+            values = tensors.pop(f"{name}|values")
+            tensors[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(kept, values)
+    return tensors
+
+
 def _read(path: Path):
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return _unpack(path)
     if is_jit(path):
         with warnings.catch_warnings():  # OpenAI's files have this form, deprecated or not
             warnings.simplefilter("ignore", FutureWarning)

@@ -7,7 +7,9 @@ all rows stand side by side under fixed keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
 
 from .backbone import Backbone
 from .errors import LabError
@@ -21,12 +23,21 @@ ROWS = {
     "random_layerwise": "random, with our density in each layer",
     "random_layerwise_kd": "the same, after as many L_KD steps as ours had",
     "random_global": "random over the whole tower",
+    "wanda": "weight times norm of its input, with our density in each layer",
 }
 TRAINED = ("ours", "random_layerwise_kd")  # rows whose weights have seen L_KD
 
 
-def row_mask(row: str, backbone: Backbone, ours: Mask | None, seed: int = 0) -> Mask | None:
+def row_mask(
+    row: str,
+    backbone: Backbone,
+    ours: Mask | None,
+    seed: int = 0,
+    scores: Mapping[str, Tensor] | None = None,
+) -> Mask | None:
     """The mask of a row for a *dense* CLIP ``backbone``; every one keeps exactly as many as ours.
+
+    ``scores`` are what ``wanda`` goes by.
 
     Raises:
         LabError: unknown row.
@@ -39,5 +50,6 @@ def row_mask(row: str, backbone: Backbone, ours: Mask | None, seed: int = 0) -> 
         "random_layerwise": lambda: Mask.random_layerwise(ours, seed),
         "random_layerwise_kd": lambda: Mask.random_layerwise(ours, seed),
         "random_global": lambda: Mask.random_global(backbone.visual, ours.kept, seed),
+        "wanda": lambda: Mask.by_score(scores or {}, ours),
     }
     return makers.get(row, lambda: ours)()

@@ -80,7 +80,7 @@ def test_help_loads_nothing_heavy():
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.splitlines()[-1] == "[]"
-    for name in ("run", "report", "alpha", "campaign", "mini-clip"):
+    for name in ("run", "report", "alpha", "mask", "campaign", "mini-clip"):
         assert name in told.stdout
 
 
@@ -128,3 +128,66 @@ def test_alpha_of_the_mini_and_of_a_bare_file(tmp_path):
 def test_alpha_says_what_is_wrong(args, sentence):
     told = subprocess.run([*COMMAND, "alpha", *args], capture_output=True, text=True, cwd=PROJECT)
     assert told.returncode == 2 and sentence in told.stderr and "Traceback" not in told.stderr
+
+
+@pytest.fixture
+def mask_files(tmp_path):
+    """(mask, checkpoint whose CLIP tower lies deep, small tower) on disk."""
+    import torch
+    from open_clip.modified_resnet import ModifiedResNet
+
+    from opentrans_lab.masks import Mask
+
+    tower = ModifiedResNet((1, 1, 1, 1), output_dim=16, heads=4, image_size=64, width=8)
+    mask = Mask(Mask.random_global(tower, 3000), loss="L_KD both", seed=3)
+    mask.save(tmp_path / "m.safetensors")
+    state = {f"backbone.clip_model.visual.{k}": v for k, v in tower.state_dict().items()}
+    torch.save({"model": state | {"head.weight": torch.ones(3, 3)}}, tmp_path / "full.pth")
+    torch.save(tower.state_dict(), tmp_path / "tower.pt")
+    return mask, tower
+
+
+def test_mask_commands_describe_apply_and_convert(lab, tmp_path, mask_files):
+    from opentrans_lab.masks import Mask
+    from opentrans_lab.statedict import read_state_dict
+
+    mask, tower = mask_files
+    told = lab("mask", "info", "m.safetensors")
+    assert told.returncode == 0, told.stderr
+    assert "loss: L_KD both" in told.stdout and f"{mask.kept:,} of {mask.total:,}" in told.stdout
+    assert all(name.removesuffix(".weight") in told.stdout for name in mask)
+
+    for flags in ([], ["--compact"]):
+        out = f"out{len(flags)}.safetensors"
+        told = lab("mask", "apply", "m.safetensors", "full.pth", "--out", out, *flags)
+        assert told.returncode == 0, told.stderr
+        matched = f"{len(mask)} of {len(mask)} tensors matched under 'backbone.clip_model.visual.'"
+        assert matched in told.stdout
+        state = read_state_dict(tmp_path / out)
+        assert mask.verify(state) and state["head.weight"].all()
+    sizes = [(tmp_path / f"out{i}.safetensors").stat().st_size for i in (0, 1)]
+    assert sizes[1] < sizes[0]
+    again = lab("mask", "apply", "m.safetensors", "full.pth", "--out", "out0.safetensors")
+    assert again.returncode == 2 and "exists" in again.stderr
+
+    told = lab("mask", "convert", "m.safetensors", "imp.pth", "--checkpoint", "tower.pt")
+    assert told.returncode == 0, told.stderr
+    told = lab("mask", "convert", "imp.pth", "back.safetensors")
+    assert told.returncode == 0 and Mask.load(tmp_path / "back.safetensors") == mask
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("info", "none.safetensors"), "none.safetensors"),
+        (("info", "full.pth"), "layer1.0.conv1.weight_mask"),
+        (("apply", "m.safetensors", "full.pth", "--prefix", "head", "--out", "x"), "under 'head.'"),
+        (("apply", "m.safetensors", "none.pt", "--out", "x"), "none.pt does not exist"),
+        (("convert", "m.safetensors", "x.pth"), "--checkpoint"),
+    ],
+)
+def test_mask_says_what_is_wrong_and_writes_nothing(lab, tmp_path, mask_files, args, sentence):
+    before = sorted(tmp_path.iterdir())
+    told = lab("mask", *args)
+    assert told.returncode == 2 and sentence in told.stderr and "Traceback" not in told.stderr
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,13 +1,37 @@
 """Algorithm 1 on a small tower: exact, nested, reproducible, blind to labels, and resumable."""
 
+import multiprocessing
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from opentrans_lab import scenes
-from opentrans_lab.backbone import MINI, Backbone, build_mini, frozen_copy, mini_tokenizer
+from opentrans_lab.backbone import (
+    MEAN,
+    MINI,
+    STD,
+    Backbone,
+    build_mini,
+    frozen_copy,
+    mini_tokenizer,
+)
 from opentrans_lab.errors import LabError
 from opentrans_lab.masks import Mask
-from opentrans_lab.prune import PruneConfig, Student, distill, distillation, prune
+from opentrans_lab.prune import (
+    PruneConfig,
+    Student,
+    distill,
+    distillation,
+    prune,
+    wanda_scores,
+)
+from opentrans_lab.tower import prunable
 
 TINY = {
     **MINI,
@@ -15,6 +39,7 @@ TINY = {
     "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64},
 }
 CONFIG = PruneConfig(density=0.5, p=0.2, steps=2, batch_size=3, lr=1e-3)
+KILLED = PruneConfig(density=0.7, p=0.11, steps=6, batch_size=2, lr=1e-3, checkpoint_every=1)
 
 
 def backbone():
@@ -77,14 +102,127 @@ def test_interrupted_anywhere_equals_uninterrupted(tmp_path, stop):
     assert all(torch.equal(v, state[k]) for k, v in resumed.visual.state_dict().items())
 
 
-def gradient(classes_of, names):
+def worker(out: str) -> None:
+    torch.set_num_threads(1)
+    began, tower = time.monotonic(), backbone()
+    prune(tower, batches, KILLED, out, "cpu")
+    torch.save(tower.visual.state_dict(), f"{out}/done.pt")
+    Path(out, "seconds").write_text(str(time.monotonic() - began))
+
+
+def test_killed_ten_times_equals_uninterrupted(tmp_path):
+    """SIGKILL at random moments, within rounds and between them: real processes, real files."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["opentrans_lab.prune", "opentrans_lab.scenes"])
+
+    def run(name: str, seconds: float | None = None) -> bool:
+        """Whether the process was still at work when it was killed."""
+        process = context.Process(target=worker, args=(str(tmp_path / name),))
+        process.start()
+        process.join(seconds)
+        alive = process.is_alive()
+        process.kill()
+        process.join()
+        return alive
+
+    run("whole")
+    whole, moments = float((tmp_path / "whole/seconds").read_text()), random.Random(0)
+    assert sum(run("cut", moments.uniform(0.05, 0.25) * whole) for _ in range(10)) >= 5
+    run("cut")
+    last = f"round_{KILLED.rounds:02d}/mask.safetensors"
+    assert Mask.load(tmp_path / "whole" / last) == Mask.load(tmp_path / "cut" / last)
+    states = [torch.load(tmp_path / n / "done.pt", weights_only=True) for n in ("whole", "cut")]
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+def test_two_seeds_two_masks(tmp_path):
+    def seeded(seed):
+        def draw(start):
+            yield from batches(1000 * seed + start)
+
+        return prune(backbone(), draw, replace(CONFIG, seed=seed), tmp_path / str(seed), "cpu")[0]
+
+    assert seeded(0) != seeded(1)
+
+
+def test_the_dense_stage_comes_first_and_resumes(tmp_path):
+    config = replace(CONFIG, dense_steps=3)
+    whole = backbone()
+    mask, rounds = prune(whole, batches, config, tmp_path / "whole", "cpu")
+    assert len(rounds) == 4 and len(pd.read_csv(tmp_path / "whole/round_00/history.csv")) == 3
+    assert mask != prune(backbone(), batches, CONFIG, tmp_path / "none", "cpu")[0]
+
+    def cut(start):
+        for step, batch in enumerate(batches(start), start):
+            if step == 4:  # within round 1: the dense stage is on disk
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(backbone(), cut, config, tmp_path / "cut", "cpu")
+    resumed = backbone()
+    assert prune(resumed, batches, config, tmp_path / "cut", "cpu")[0] == mask
+    state = whole.visual.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in resumed.visual.state_dict().items())
+
+
+def test_rewinding_puts_the_survivors_back(tmp_path):
+    tower, dense = backbone(), prunable(backbone().visual)
+    mask, _ = prune(tower, batches, replace(CONFIG, rewind=True), tmp_path, "cpu")
+    for name, weight in prunable(tower.visual).items():
+        assert torch.equal(weight, dense[name] * mask[name])
+    later = backbone()
+    config = replace(CONFIG, rewind=True, dense_steps=2)
+    mask, _ = prune(later, batches, config, tmp_path / "later", "cpu")
+    begin = load_file(tmp_path / "later" / "round_00" / "student.safetensors")
+    for name, weight in prunable(later.visual).items():
+        assert torch.equal(weight, begin[f"backbone.visual.{name}"] * mask[name])
+
+
+def test_wanda_scores_are_weight_times_input_norm():
+    tower = backbone()
+    batch = next(batches(0))
+    scores = wanda_scores(tower, iter([batch]), count=5)
+    assert scores.keys() == prunable(tower.visual).keys()
+    tower.eval()
+    with torch.no_grad():
+        first = tower.visual.act1(tower.visual.bn1(tower.visual.conv1(normal(batch["images"]))))
+    norm = first.square().sum((0, 2, 3)).sqrt()
+    want = tower.visual.conv2.weight.abs() * norm[:, None, None]
+    torch.testing.assert_close(scores["conv2.weight"], want)
+    assert not tower.visual.conv2._forward_pre_hooks
+
+
+def normal(images):
+    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def test_the_class_ablation_looks_at_labels_and_l_kd_does_not(tmp_path):
+    shuffled = torch.randperm(len(scenes.CLASSES), generator=torch.Generator().manual_seed(0))
+    order = [scenes.CLASSES[i] for i in shuffled.argsort()]
+    for terms, moves in (("both", False), ("class", True)):
+        config = replace(CONFIG, terms=terms)
+        plain = gradient(lambda c: c, scenes.CLASSES, config)
+        renumbered = gradient(lambda c: shuffled[c], tuple(order), config)  # ids, with their names
+        torch.testing.assert_close(renumbered, plain)
+        relabelled = gradient(lambda c: shuffled[c], scenes.CLASSES, config)
+        assert not torch.allclose(relabelled, plain, atol=1e-7)
+        without = gradient(lambda c: c, scenes.CLASSES, config, dense_teacher=False)
+        assert torch.equal(without, plain) == moves  # labels alone teach the class loss
+    with pytest.raises(LabError, match="terms='labels'"):
+        PruneConfig(terms="labels")
+
+
+def gradient(classes_of, names, config=CONFIG, dense_teacher=True):
     torch.manual_seed(1)
     tower = backbone()
     student, teacher = Student(tower), frozen_copy(tower)
+    if not dense_teacher:
+        teacher.visual.attnpool.c_proj.weight.data.neg_()
     batch = next(batches(0, names))
     batch["classes"] = [classes_of(c) for c in batch["classes"]]
     batch["labels"] = None  # the stage may not look
-    loss = distillation(student, teacher, CONFIG)(student, batch)["loss"]
+    loss = distillation(student, teacher, config)(student, batch)["loss"]
     loss.backward()
     return tower.visual.conv1.weight.grad
 

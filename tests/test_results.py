@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -169,3 +170,19 @@ def test_summary_averages_seeds_and_never_different_experiments(runs):
     some = summary("04_toy", "selection", ["select"], ["seen"], lr=0.1, rule="csn")
     assert some.index.names == ["select"] and some["seen"].tolist() == [2.0, 51.0]
     assert summary("05_none", "selection", ["select"], ["seen"]).empty
+
+
+def test_published_runs_are_small_and_found_beside_the_own_ones(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENTRANS_RESULTS", str(tmp_path / "results"))
+    for seed in (0, 1):
+        run = Run("03_transfer", {"seed": seed})
+        run.save({"miou": seed}, transfer=pd.DataFrame({"row": ["ours"], "seen": [10.0 + seed]}))
+        (run.dir / "executed.ipynb").write_text("large")
+    folder = results.publish([run_dir("03_transfer", {"seed": seed}) for seed in (0, 1)])
+    assert folder.parent == tmp_path / "results"
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".json", ".csv"}
+    shutil.rmtree(runs)
+    assert set(collect("03_transfer")["metrics.miou"]) == {0, 1}
+    assert summary("03_transfer", "transfer", ["row"], ["seen"]).loc["ours", "n"] == 2
+    Run("03_transfer", {"seed": 1}).save({"miou": 7})  # an own run goes before a published one
+    assert set(collect("03_transfer")["metrics.miou"]) == {0, 7}

@@ -16,7 +16,6 @@ from opentrans_lab.batch import run_notebook
 from opentrans_lab.errors import LabError
 from opentrans_lab.finetune import SELECTIONS
 from opentrans_lab.lab import Lab, cached
-from opentrans_lab.masks import prunable
 from opentrans_lab.prune import PruneConfig
 from opentrans_lab.results import runs_root
 from opentrans_lab.stages import (
@@ -27,6 +26,7 @@ from opentrans_lab.stages import (
     selection_table,
     transfer_table,
 )
+from opentrans_lab.tower import prunable
 from opentrans_lab.transfer import ROWS
 
 LAB = Lab(device="cpu")
