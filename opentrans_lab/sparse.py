@@ -122,9 +122,9 @@ def payoff(
         repeats: timed passes of each way; the ways take turns, so that drift hits all of them.
 
     Returns:
-        way, dense_ms and masked_ms (medians of the same way with and without the mask; NaN where
-        it has no dense form), speedup (dense / masked), over_torch (torch's dense median / masked),
-        error (largest difference to torch's masked output, relative to its largest value), note.
+        way, dense_ms and masked_ms (the fastest pass of a way without and with the mask; NaN where
+        it has no dense form), speedup (dense / masked), over_torch (torch's dense / masked), error
+        (largest difference to torch's masked output, relative to its largest value), note.
     """
     dense = Trunk(copy.deepcopy(visual)).cpu().float().eval().requires_grad_(False)
     masked = copy.deepcopy(dense)

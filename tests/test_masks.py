@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 
 from opentrans_lab.errors import LabError
 from opentrans_lab.masks import Mask
+from opentrans_lab.results import PROJECT
 from opentrans_lab.tower import FIRST, prunable
 
 
@@ -284,3 +285,18 @@ def test_full_size_mask_is_small_on_disk(tmp_path):
     assert mask.total == 23_474_016 - 864 and len(mask) == 54
     assert (tmp_path / "m.safetensors").stat().st_size < 4e6
     assert Mask.load(tmp_path / "m.safetensors") == mask
+
+
+def test_the_readmes_five_lines_work_as_they_stand(tower, tmp_path, monkeypatch, capsys):
+    section = (PROJECT / "README.md").read_text().split("## Put the mask into your own model")[1]
+    code = section.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    mask = Mask.random_global(tower, 3000)
+    mask.save("mask.safetensors")
+    model = nn.ModuleDict({"backbone": tower})
+    space = {"model": model, "torch": torch}
+    exec(code, space)
+    assert f"{len(mask)} of {len(mask)} tensors matched under 'backbone.'" in capsys.readouterr().out
+    tower(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    space["optimizer"].step()
+    assert mask.verify(model)
