@@ -296,7 +296,8 @@ def test_the_readmes_five_lines_work_as_they_stand(tower, tmp_path, monkeypatch,
     model = nn.ModuleDict({"backbone": tower})
     space = {"model": model, "torch": torch}
     exec(code, space)
-    assert f"{len(mask)} of {len(mask)} tensors matched under 'backbone.'" in capsys.readouterr().out
+    n = len(mask)
+    assert f"{n} of {n} tensors matched under 'backbone.'" in capsys.readouterr().out
     tower(torch.randn(2, 3, 64, 64)).square().sum().backward()
     space["optimizer"].step()
     assert mask.verify(model)
