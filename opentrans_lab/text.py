@@ -20,6 +20,9 @@ TEMPLATES: dict[str, list[str]] = {
 }
 """Sets of prompt templates by name; ``{}`` stands for the class name."""
 
+ClassNames = Sequence[str | Sequence[str]]
+"""A vocabulary: for each class one name, or several names of the same thing."""
+
 BATCH = 256  # prompts a pass: bounds the memory, however many names there are
 CACHED = 32  # vocabularies remembered
 
@@ -41,6 +44,25 @@ def find_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     if wrong or not templates:
         raise LabError(f"templates need '{{}}' for the class name, {wrong or templates!r} has none")
     return tuple(templates)
+
+
+def flat_names(class_names: ClassNames) -> tuple[tuple[str, ...], list[int]]:
+    """(all names in a row, how many each class has).
+
+    Raises:
+        LabError: a class without a name.
+    """
+    groups = [(c,) if isinstance(c, str) else tuple(c) for c in class_names]
+    if () in groups:
+        raise LabError(f"class {groups.index(())} has no name; give each class at least one")
+    return tuple(name for group in groups for name in group), [len(group) for group in groups]
+
+
+def best_name(scores: Tensor, sizes: list[int], dim: int) -> Tensor:
+    """Scores of names -> scores of classes along ``dim``: the maximum over the names of a class."""
+    if len(sizes) == scores.shape[dim]:
+        return scores
+    return torch.stack([part.amax(dim) for part in scores.split(sizes, dim)], dim)
 
 
 class TextEncoder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from ..backbone import Backbone
 from ..errors import LabError
 from ..scenes import IGNORE
+from ..text import ClassNames, best_name, flat_names
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,13 @@ class DeepLabV3(nn.Module):
         """images (B, 3, H, W) in [0, 1] -> unit pixel embeddings (B, D, h, w)."""
         return F.normalize(self.project(self.aspp(self.backbone(images)[-1])).float(), dim=1)
 
-    def logits(self, embeddings: Tensor, class_names: Sequence[str]) -> Tensor:
-        """(B, D, h, w) x (C, D) -> (B, C, h, w), scaled cosines."""
+    def logits(self, embeddings: Tensor, class_names: ClassNames) -> Tensor:
+        """(B, D, h, w) x (C, D) -> (B, C, h, w), scaled cosines (of a class's best name)."""
         with torch.autocast(embeddings.device.type, enabled=False):  # a scale of 100 needs digits
-            text = self.backbone.text(tuple(class_names)).to(embeddings.device)  # (C, D)
-            cosine = torch.einsum("bdhw,cd->bchw", embeddings.float(), text)
-            return cosine * self.log_scale.exp().clamp(max=100)
+            names, sizes = flat_names(class_names)
+            text = self.backbone.text(names).to(embeddings.device)  # (N, D)
+            cosine = torch.einsum("bdhw,nd->bnhw", embeddings.float(), text)
+            return best_name(cosine, sizes, dim=1) * self.log_scale.exp().clamp(max=100)
 
     def loss(self, outputs: Tensor, targets: dict) -> dict[str, Tensor]:
         """Cross-entropy over the batch's vocabulary; ignored pixels do not count.
@@ -78,7 +79,7 @@ class DeepLabV3(nn.Module):
         logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
         return {"loss": F.cross_entropy(logits.float(), labels, ignore_index=IGNORE)}
 
-    def scores(self, images: Tensor, class_names: Sequence[str]) -> Tensor:
+    def scores(self, images: Tensor, class_names: ClassNames) -> Tensor:
         """Class scores (B, C, h, w) for any vocabulary, about one a output stride.
 
         They cover the whole picture: sides that are no multiple of 32, which the trunk would cut

@@ -1,0 +1,193 @@
+"""One picture, any names: ``segment("photo.jpg", ["zebra", "grass", "sky"])``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .backbone import load_backbone
+from .device import pick
+from .errors import LabError
+from .frameworks import build
+from .loader import GREY, open_picture
+from .overlays import compare, overlay
+from .results import runs_root
+from .text import ClassNames, flat_names
+
+LEAST = 32  # pixels a side: the trunk's stride
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A labelled picture."""
+
+    image: Tensor = field(repr=False)  # (3, H, W) float32 in [0, 1]
+    labels: Tensor = field(repr=False)  # (H, W) int64, an index into names
+    scores: Tensor = field(repr=False)  # (C, H, W) float32 on the CPU
+    names: tuple[str, ...]  # one a class, its first where it has several
+    model: str  # where the weights are from
+
+    @property
+    def overlay(self) -> Image.Image:
+        """The picture under its colours; a class has the same colour in every picture."""
+        mixed = overlay(self.image, self.labels, self.names)
+        return Image.fromarray((255 * mixed).round().astype(np.uint8))
+
+    @property
+    def figure(self) -> Figure:
+        """Picture and overlay side by side, with a legend."""
+        return compare([self.image], {"prediction": [self.labels]}, self.names)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Fraction of the pixels a class covers, largest first."""
+        counts = torch.bincount(self.labels.flatten(), minlength=len(self.names)).double()
+        counts /= counts.sum()
+        order = counts.argsort(descending=True).tolist()
+        return {self.names[i]: float(counts[i]) for i in order if counts[i] > 0}
+
+
+@torch.inference_mode()
+def segment(
+    image: str | Path | Image.Image | Tensor,
+    class_names: ClassNames,
+    framework: str = "deeplabv3",
+    model: nn.Module | str | Path | None = None,
+    size: int | None = None,
+    device: str | torch.device = "auto",
+) -> Segmentation:
+    """Label every pixel of a picture with one of the names given.
+
+    Args:
+        image: a file (turned as its EXIF says; grey, 16-bit and transparent ones, too), a PIL image
+            or a (3, H, W) float tensor in [0, 1].
+        class_names: any names; a class may also be several names of one thing,
+            ``["zebra", ("grass", "meadow")]``, of which the best counts.
+        framework: key of ``FRAMEWORKS``.
+        model: a module of ``frameworks.build``, or the folder of a trained one
+            (``runs/stages/segment/<key>``). Default: the newest of this framework.
+        size: the shorter side in pixels for the model, such as the one it was trained at; the
+            result always has the picture's own size. Default: a trained folder's size; for a
+            module, the picture's.
+
+    Raises:
+        LabError: no names, a name twice, an unreadable or too small picture, or no trained model.
+    """
+    names = _checked(class_names)
+    picture = read_picture(image)
+    where, source = pick(device), type(model).__name__
+    if not isinstance(model, nn.Module):
+        folder = Path(model) if model else newest(framework)
+        model, trained = open_model(folder, where)
+        size, source = size or trained, str(folder)
+    model = model.to(where).eval()
+    h, w = picture.shape[1:]
+    scale = max((size or min(h, w)) / min(h, w), LEAST / min(h, w))
+    shape = [round(h * scale), round(w * scale)]
+    small = F.interpolate(picture[None], shape, mode="bilinear", antialias=True).clamp(0, 1)
+    scores = model.scores(small.to(where), class_names)
+    scores = F.interpolate(scores.float(), (h, w), mode="bilinear", align_corners=False)[0].cpu()
+    return Segmentation(picture, scores.argmax(0), scores, names, source)
+
+
+def read_picture(image: str | Path | Image.Image | Tensor) -> Tensor:
+    """A picture as (3, H, W) float32 in [0, 1]: upright, colour, without transparency.
+
+    Raises:
+        LabError: unreadable, of another shape or range, or without a pixel of size.
+    """
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            raise LabError(
+                f"a picture as tensor is (3, H, W) floats in [0, 1], got {tuple(image.shape)} "
+                f"{image.dtype}; divide bytes by 255"
+            )
+        pixels = image.float().cpu()
+    else:
+        if not isinstance(image, Image.Image):
+            path = Path(image).expanduser()
+            if not path.is_file():
+                raise LabError(f"there is no picture {path}")
+            image = open_picture(path)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):  # 16 bits: PIL would clip them at 255
+            wide = np.asarray(image, dtype=np.float32) / 65535
+            pixels = torch.from_numpy(wide).clamp(0, 1).expand(3, -1, -1).clone()
+        else:
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                ground = Image.new("RGBA", image.size, (GREY, GREY, GREY, 255))
+                image = Image.alpha_composite(ground, image)
+            rgb = np.asarray(image.convert("RGB"))
+            pixels = torch.from_numpy(rgb.copy()).permute(2, 0, 1).float() / 255
+    if not min(pixels.shape[1:]):
+        raise LabError(f"the picture has no pixels: {tuple(pixels.shape)}")
+    return pixels
+
+
+def newest(framework: str) -> Path:
+    """Folder of the model of this framework that was trained last.
+
+    Raises:
+        LabError: none was.
+    """
+    done = sorted(
+        (runs_root() / "stages" / "segment").glob("*/result.json"), key=lambda p: p.stat().st_mtime
+    )
+    for path in reversed(done):
+        if json.loads(path.read_text())["parameters"]["framework"] == framework:
+            return path.parent
+    raise LabError(
+        f"no trained model of {framework!r} under {runs_root()}; train one, for instance with "
+        f"`opentrans-lab run notebooks/03_transfer.ipynb -p framework {framework} -p rows dense`, "
+        "or give one in model="
+    )
+
+
+def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, int]:
+    """(the trained model in a stage's folder, the size of its training pictures).
+
+    Raises:
+        LabError: not the folder of a trained model.
+    """
+    try:
+        about = json.loads((folder / "result.json").read_text())["parameters"]
+        state = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError) as error:
+        raise LabError(f"{folder} holds no trained model ({error})") from error
+    clip = load_backbone(about["backbone"], _weights(about), device)
+    model = build(about["framework"], clip, about["preset"])
+    model.load_state_dict(state)
+    return model, about["size"]
+
+
+def _weights(about: dict) -> str:
+    """Where the text tower is: a stage remembers a tag, but a file only by its content."""
+    tag = about["checkpoint"]
+    if about["backbone"] == "mini":
+        return ""
+    if len(tag) == 64:
+        raise LabError(
+            f"this model's {about['backbone']} was read from a file: load it with load_backbone, "
+            "build the framework, load model.safetensors, and give the module in model="
+        )
+    return tag
+
+
+def _checked(class_names: ClassNames) -> tuple[str, ...]:
+    if isinstance(class_names, str) or not len(class_names):
+        raise LabError(f"class names must be a list with at least one name, got {class_names!r}")
+    flat, _ = flat_names(class_names)
+    twice = sorted({name for name in flat if flat.count(name) > 1})
+    if twice:
+        raise LabError(f"the name {twice[0]!r} is there twice; a pixel could be either")
+    return tuple(c if isinstance(c, str) else c[0] for c in class_names)
