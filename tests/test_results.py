@@ -186,3 +186,22 @@ def test_published_runs_are_small_and_found_beside_the_own_ones(runs, tmp_path, 
     assert summary("03_transfer", "transfer", ["row"], ["seen"]).loc["ours", "n"] == 2
     Run("03_transfer", {"seed": 1}).save({"miou": 7})  # an own run goes before a published one
     assert set(collect("03_transfer")["metrics.miou"]) == {0, 7}
+
+
+def test_the_readmes_ablation_is_what_the_published_runs_say(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
+    monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
+    words = {"both terms of L_KD": "both", "plain term": "plain", "text-guided term": "text",
+             "class labels": "class"}  # fmt: skip
+    said = {}
+    for line in (PROJECT / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in words:
+            said[words[cells[0]]] = cells[1:]
+    table = collect("03_transfer").query("`parameters.rows` == 'ours ours_mask_only' and seed == 0")
+    table = table.set_index("parameters.terms")
+    assert said.keys() == set(table.index)
+    for terms, cells in said.items():
+        for row, cell in zip(("ours", "ours_mask_only"), cells, strict=True):
+            seen, unseen = (table.loc[terms, f"metrics.miou.{row}.{s}"] for s in ("seen", "unseen"))
+            assert cell == f"{seen:.1f} / {unseen:.1f}"
