@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -70,16 +71,19 @@ def layer_alphas(
     Returns:
         name, type, shape ("64x64x3x3"), params, n_evals, alpha, sigma, xmin, D, n_tail,
         stable_rank (sum / maximum of the eigenvalues), log_norm (log10 of their sum),
-        control_alpha, freeze_probability (share of replicates with alpha strictly below the
+        control_alpha, freeze_probability (share of fitted replicates with alpha below the
         median of the fitted layers, the authors' freezing criterion), status, reshape, rule.
         A layer that cannot be fitted has NaN alpha and a status that says why. A status of
         "small tail" marks a fit on fewer than 20 values: it counts, but look at its sigma.
     Raises:
-        LabError: unknown reshape, rule or control; a negative bootstrap; nothing to analyse.
+        LabError: unknown reshape, rule or control; a bootstrap or seed that is no whole number
+            from 0 up; nothing to analyse.
     """
     choose("rule", rule, RULES)
-    if bootstrap < 0:
+    if not isinstance(bootstrap, Integral) or bootstrap < 0:
         raise LabError(f"bootstrap={bootstrap} replicates; use 0 for none, or about 100")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise LabError(f"seed={seed}; use a whole number from 0 up")
     found = _included(model, exclude)
     eigs = spectra(found, reshape, progress=progress)
     noise = spectra(found, reshape, control, seed, progress) if control else [None] * len(found)
@@ -117,11 +121,9 @@ def _freeze_probability(eigs: Sequence[np.ndarray | None], rule: str, replicates
         if eigs[k] is not None:
             for r in range(replicates):
                 alphas[r, k] = fit_alpha(generator.choice(eigs[k], len(eigs[k])), rule).alpha
-    fitted = np.array([own is not None for own in eigs])
-    if not fitted.any():
-        return np.full(len(eigs), np.nan)
-    below = alphas < np.nanmedian(alphas[:, fitted], axis=1, keepdims=True)
-    return np.where(fitted, below.mean(axis=0), np.nan)
+    table = pd.DataFrame(alphas)  # a replicate that cannot be fitted counts on no side
+    below = table.lt(table.median(axis=1), axis=0)
+    return (below.sum() / table.notna().sum()).to_numpy()
 
 
 class Spectrum(NamedTuple):
@@ -188,7 +190,8 @@ class AuthorsComparison(NamedTuple):
 
     def __str__(self) -> str:
         return (f"{self.shared} of the authors' {self.frozen} frozen layers are in our frozen half "
-                f"({self.chance:.1f} expected by chance, p = {self.p_value:.1e})")
+                f"({self.chance:.1f} expected by chance, p = {self.p_value:.1e}); "
+                "this means something for OpenAI's own weights only")
 
 
 def compare_authors(table: pd.DataFrame) -> AuthorsComparison:

@@ -117,6 +117,8 @@ class AlphaCommand:
     bootstrap: int = 0
     """Replicates for the freeze probability (100 is plenty)."""
     seed: int = 0
+    exclude: UseAppendAction[tuple[str, ...]] = ()
+    """Leave out a layer or all below a name ("attnpool", as the notebooks do); repeat for more."""
     compare: str | None = None
     """"authors": their published selection on RN50 beside slices + peak_official, their choice."""
     out: Path | None = None
@@ -130,6 +132,8 @@ class AlphaCommand:
 
         if self.compare not in (None, "authors"):
             raise LabError(f"--compare {self.compare} is unknown; the one choice is authors")
+        if self.out and self.out.is_dir():
+            raise LabError(f"--out {self.out} is a folder; name a file in it")
         weights = self._weights()
         table = layer_alphas(
             weights,
@@ -138,17 +142,20 @@ class AlphaCommand:
             self.control,
             self.bootstrap,
             self.seed,
+            self.exclude,
             progress=tqdm,
         )
         print(table.drop(columns=["reshape", "rule"]).to_string(index=False, float_format="%.4g"))
-        fitted = int(table["alpha"].notna().sum())
-        print(f"{fitted} of {len(table)} layers fitted, median alpha {table['alpha'].median():.4f}")
-        if self.compare:
-            print(compare_authors(layer_alphas(weights, "slices", "peak_official")))
+        fitted, left_out = int(table["alpha"].notna().sum()), ", ".join(self.exclude)
+        without = f" (without {left_out})" if left_out else ""
+        median = f"median alpha over these {fitted}: {table['alpha'].median():.4f}"
+        print(f"{fitted} of {len(table)} layers{without} fitted, {median}")
         if self.out:
             with atomic_path(self.out) as path:
                 table.to_csv(path, index=False)
             print(f"table: {self.out}")
+        if self.compare:
+            print(compare_authors(layer_alphas(weights, "slices", "peak_official")))
         return 0
 
     def _weights(self):
@@ -179,6 +186,47 @@ class AlphaCommand:
             )
         file = fetch(self.model, self.checkpoint, known) if known else file
         return read_state_dict(file, prefix or "visual.")
+
+
+@dataclass
+class CostCommand:
+    """Parameters and MACs of a framework, the paper's way and counted evenly; no weights needed."""
+
+    framework: str = "deeplabv3"
+    """A key of the frameworks: deeplabv3, han, fcclip."""
+    size: str | None = None
+    """Height x width of the picture (default: the paper's, 800x1216, in training 512x512)."""
+    mask: Path | None = None
+    """Count the weights that survive in this mask."""
+    backbone: str = "RN50"
+    preset: str = "paper"
+    training: bool = False
+    """The cost of a whole fine-tuning, by selection of frozen layers."""
+    out: Path | None = None
+    """Write the table as CSV."""
+
+    def __call__(self) -> int:
+        from .cost import SIZE, TRAINING_SIZE, cost, training_cost
+        from .masks import Mask
+        from .results import atomic_path
+
+        mask = Mask.load(self.mask) if self.mask else None
+        about = dict(mask=mask, backbone=self.backbone, preset=self.preset)
+        if self.training:
+            table = training_cost(self.framework, self.size or TRAINING_SIZE, **about)
+        else:
+            table = cost(self.framework, self.size or SIZE, **about)
+        shown = table.copy()
+        for column in shown.columns.intersection(["macs", "sparse_macs"]):
+            shown[column] = (shown[column].astype(float) / 1e9).round(3)
+        units = {"macs": "GMACs", "sparse_macs": "sparse_GMACs"}
+        print(shown.rename(columns=units).to_string(index=False, na_rep="", float_format="%.6g"))
+        print("1 FLOP = 1 MAC. 'paper' is reconstructed; residual = total - printed.")
+        if self.out:
+            with atomic_path(self.out) as path:
+                table.to_csv(path, index=False)
+            print(f"table: {self.out}")
+        return 0
 
 
 @dataclass
@@ -282,6 +330,7 @@ Command = (
     Annotated[RunCommand, named("run")]
     | Annotated[ReportCommand, named("report")]
     | Annotated[AlphaCommand, named("alpha")]
+    | Annotated[CostCommand, named("cost")]
     | Annotated[MaskCommand, named("mask")]
     | Annotated[CampaignCommand, named("campaign")]
     | Annotated[MiniClipCommand, named("mini-clip")]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import LabError
-from .layers import Layer
+from .layers import Layer, unfit
 from .tailfit import choose
 
 RESHAPES = ("slices", "flatten", "fft")
@@ -21,7 +21,7 @@ FFT_GRID = 8  # side of the periodic grid on which "fft" views a convolution
 CACHE: dict[tuple, np.ndarray | str] = {}  # eigenvalues, or why there are none, by weight content
 CACHE_ENTRIES = 8192
 
-_CHUNK = 1 << 21  # matrix entries held as complex128 at a time by "fft" (32 MB)
+_CHUNK = 1 << 18  # matrix entries held as complex128 at a time by "fft" (4 MB, a few times over)
 
 
 def esd(weight: Tensor, reshape: str = "slices", groups: int = 1) -> Tensor:
@@ -41,30 +41,34 @@ def esd(weight: Tensor, reshape: str = "slices", groups: int = 1) -> Tensor:
     Returns:
         (n_evals,) float64, ascending, on the weight's device (CPU instead of MPS, which has no
         float64). Computed from the float64 Gram matrix on the short side: absolute error about
-        1e-16 of the largest eigenvalue of its matrix, so eigenvalues under
-        eps * max(m, n) * largest are set to exactly 0 (rank deficiency). Tails, where alpha
+        1e-16 of the largest eigenvalue of its matrix. Eigenvalues under eps * max(m, n) * the
+        largest of all (m, n) matrices are set to exactly 0 (rank deficiency). Tails, where alpha
         lives, agree with an SVD to 1e-10; use an SVD if you need the smallest eigenvalues.
     Raises:
-        LabError: unknown reshape, fewer than two axes, or NaN, Inf or complex weights.
+        LabError: unknown reshape, fewer than two axes, groups that do not divide the outputs, or
+            a weight that is empty, sparse, without values or not of finite floating point numbers.
     """
     choose("reshape", reshape, RESHAPES)
     if weight.ndim < 2:
         raise LabError(f"a weight of shape {tuple(weight.shape)} has no matrix; give (out, in, …)")
-    if weight.is_complex():
-        raise LabError("complex weights are not supported; analyse real and imaginary parts apart")
+    if reason := unfit(weight):
+        raise LabError(f"the weight cannot be analysed: {reason}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise LabError(f"groups={groups} does not divide {weight.shape[0]} outputs")
     if not torch.isfinite(weight).all():
         raise LabError("the weight contains NaN or Inf; repair or drop this layer")
     weight = weight.detach().cpu() if weight.device.type == "mps" else weight.detach()
     kernel = weight.shape[2:]
     blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)  # (g, o, i, k)
-    if reshape == "flatten":
-        eigs = _eigenvalues(blocks.flatten(2).double())  # (g, min(o, i*k))
-    elif reshape == "slices":
-        scale = 0.5 if kernel else 1.0
-        eigs = scale * _eigenvalues(blocks.permute(0, 3, 1, 2).flatten(0, 1).double())
-    else:
+    if reshape == "flatten" or (reshape == "fft" and math.prod(kernel) == 1):
+        blocks = blocks.flatten(2)[..., None]  # (g, o, i*k, 1): a single tap
+    if reshape == "fft" and blocks.shape[-1] > 1:
         eigs = _operator_eigenvalues(blocks.double(), kernel)
-    return eigs.flatten().sort().values
+    else:
+        eigs = _eigenvalues(blocks.permute(0, 3, 1, 2).flatten(0, 1).double())  # (g*k, min(o, i))
+    eigs = eigs.flatten().sort().values * (0.5 if reshape == "slices" and kernel else 1.0)
+    cut = torch.finfo(torch.float64).eps * max(blocks.shape[1:3]) * eigs[-1]
+    return torch.where(eigs > cut, eigs, 0.0)
 
 
 def _eigenvalues(matrices: Tensor) -> Tensor:
@@ -72,9 +76,7 @@ def _eigenvalues(matrices: Tensor) -> Tensor:
     m, n = matrices.shape[-2:]
     gram = matrices.mH @ matrices if n <= m else matrices @ matrices.mH
     del matrices
-    eigs = torch.linalg.eigvalsh(gram)  # (b, min(m, n)) ascending
-    cut = torch.finfo(torch.float64).eps * max(m, n) * eigs[:, -1:]
-    return torch.where(eigs > cut, eigs, 0.0)
+    return torch.linalg.eigvalsh(gram)  # (b, min(m, n)) ascending
 
 
 def _operator_eigenvalues(blocks: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -83,24 +85,24 @@ def _operator_eigenvalues(blocks: Tensor, kernel: Sequence[int]) -> Tensor:
     The transfer matrix at -f is the conjugate of the one at f, so half the plane is enough; the
     other half is counted by repeating it.
     """
-    side = max(FFT_GRID, *kernel) if math.prod(kernel) > 1 else 1
+    side = max(FFT_GRID, *kernel)
     taps = torch.eye(math.prod(kernel), dtype=torch.float64, device=blocks.device)
-    axes = tuple(range(1, 1 + max(1, len(kernel))))
+    axes = tuple(range(1, 1 + len(kernel)))
     waves = torch.fft.rfftn(  # (k, side, …, side // 2 + 1)
-        taps.reshape(-1, *(kernel or [1])), s=[side] * len(axes), dim=axes
+        taps.reshape(-1, *kernel), s=[side] * len(axes), dim=axes
     )
     twice = torch.ones(waves.shape[1:], dtype=torch.int64, device=blocks.device)
     twice[..., 1 : (side + 1) // 2] = 2
     waves, twice = waves.flatten(1), twice.flatten()  # (k, f), (f,)
     step = max(1, _CHUNK // blocks[..., 0].numel())
-    found = []
+    per_wave = blocks.shape[0] * min(blocks.shape[1:3])
+    found = blocks.new_empty(len(twice), per_wave)  # in one piece: pieces would scatter the heap
     for start in range(0, waves.shape[1], step):
         wave = waves[:, start : start + step]
         transfer = torch.complex(blocks @ wave.real, blocks @ wave.imag)  # (g, o, i, f)
         eigs = _eigenvalues(transfer.permute(3, 0, 1, 2).flatten(0, 1))  # (f * g, min(o, i))
-        eigs = eigs.reshape(wave.shape[1], -1)
-        found.append(eigs.repeat_interleave(twice[start : start + step], dim=0))
-    return torch.cat(found)
+        found[start : start + step] = eigs.view(-1, per_wave)
+    return found.repeat_interleave(twice, dim=0)
 
 
 def mp_edge(weight: Tensor, reshape: str = "slices", groups: int = 1) -> float:
@@ -131,7 +133,7 @@ def randomise(weight: Tensor, control: str, seed: int, name: str = "") -> Tensor
         return flat[order.to(flat.device)].reshape(weight.shape)
     flat = flat.float()
     noise = torch.randn(flat.numel(), generator=generator).to(flat.device)
-    return (flat.mean() + flat.std(correction=0) * noise).reshape(weight.shape)
+    return noise.mul_(flat.std(correction=0)).add_(flat.mean()).reshape(weight.shape)
 
 
 def spectra(
@@ -183,11 +185,12 @@ def _cached(layer: Layer, reshape: str, control: str | None, seed: int) -> np.nd
             weight = randomise(weight, control, seed, layer.name) if control else weight
             eigs = esd(weight, reshape, layer.groups).cpu().numpy()
             eigs.setflags(write=False)
-            CACHE[key] = eigs if eigs[-1] > 0 else "all weights are zero"
+            nothing = "all weights are zero, or too small for their squares in float64"
+            CACHE[key] = eigs if eigs[-1] > 0 else nothing
         except LabError as error:
             CACHE[key] = str(error)
-        except torch.linalg.LinAlgError:
-            CACHE[key] = "the eigenvalue solver did not converge"
+        except RuntimeError as error:  # of the solver, or no memory: the next call may succeed
+            return f"no eigenvalues: {str(error).splitlines()[0]}"
         while len(CACHE) > CACHE_ENTRIES:
             CACHE.pop(next(iter(CACHE)))
     return CACHE[key]

@@ -49,17 +49,27 @@ def explore(models: Mapping[str, nn.Module], seed: int = 0) -> Figure | None:
     """Choose model, layer, reshape and rule in JupyterLab; run headless, a static panel instead.
 
     The static panel is the middle layer of the first model under every rule. A kernel counts as
-    watched when a Jupyter server opened it (it names the session in ``JPY_SESSION_NAME``).
+    watched when a Jupyter server opened it (it names the session in ``JPY_SESSION_NAME``). Only
+    layers with a spectrum are on offer.
+
+    Raises:
+        LabError: no model has such a layer.
     """
-    names = {key: [x.name for x in layers(model) if not x.reason]
-             for key, model in models.items()}
-    first = next(iter(models))
+    names = {}
+    for key, model in models.items():
+        found = layers(model)
+        eigs = zip(found, spectra(found), strict=True)
+        if usable := [x.name for x, own in eigs if not isinstance(own, str)]:
+            names[key] = usable
+    if not names:
+        raise LabError("no model with a layer that has a spectrum; nothing to explore")
+    first = next(iter(names))
     if "JPY_SESSION_NAME" not in os.environ:
         return compare(models[first], names[first][len(names[first]) // 2], seed=seed)
     import ipywidgets
     from IPython.display import display
 
-    model = ipywidgets.Dropdown(options=list(models), description="model")
+    model = ipywidgets.Dropdown(options=list(names), description="model")
     layer = ipywidgets.Dropdown(options=names[first], description="layer")
     reshape = ipywidgets.Dropdown(options=RESHAPES, description="reshape")
     rule = ipywidgets.Dropdown(options=RULES, description="rule")

@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from .alpha import Spectrum
+from .errors import LabError
 
 TRAINED, FROZEN, RANDOM, FIT = "#3b6ea5", "#2a9d8f", "#b8b8b8", "#d1495b"
 
@@ -88,8 +89,14 @@ def esd_panel(axis: Axes, spectrum: Spectrum, row: Mapping) -> None:
 
 def esd_grid(spectra: Mapping[str, Spectrum], alphas: pd.DataFrame, title: str = "",
              columns: int = 4) -> Figure:
-    """A panel a layer (see :func:`esd_panel`) for the layers of `alphas` that have a spectrum."""
+    """A panel a layer (see :func:`esd_panel`) for the layers of `alphas` that have a spectrum.
+
+    Raises:
+        LabError: none of them has one.
+    """
     rows = [row for row in alphas.to_dict("records") if row["name"] in spectra]
+    if not rows:
+        raise LabError("none of these layers has a spectrum to draw; see their status")
     columns = min(columns, len(rows))
     height = math.ceil(len(rows) / columns)
     fig, axes = plt.subplots(height, columns, figsize=(3.2 * columns, 2.7 * height + 0.8),
@@ -177,18 +184,32 @@ def freeze_bars(alphas: pd.DataFrame, frozen: Collection[str] = ()) -> Figure:
     return fig
 
 
-def control_gap(alphas: pd.DataFrame) -> Figure:
-    """Alpha minus the alpha of the randomised control: below zero, training made the tail."""
+def control_gap(alphas: pd.DataFrame, untrained: pd.DataFrame | None = None,
+                title: str = "below zero: a heavier tail than the control's") -> Figure:
+    """Alpha minus the alpha of each layer's randomised control; circles: of an untrained tower.
+
+    About half of the circles lie below zero, and how far tells how little a single bar means.
+
+    Args:
+        untrained: alphas of the same layers with random weights, or None.
+    """
     table = alphas.dropna(subset=["alpha", "control_alpha"]).reset_index(drop=True)
     gap = table.alpha - table.control_alpha
     fig, axis = _by_depth(len(table), 3.4)
     axis.bar(range(len(table)), gap, color=np.where(gap < 0, FROZEN, RANDOM), width=0.8)
+    low, high = gap.min(), gap.max()
+    if untrained is not None:
+        null = untrained.set_index("name").reindex(table.name)
+        circles = (null.alpha - null.control_alpha).to_numpy()
+        axis.plot(circles, "o", ms=4, color="0.2", mfc="white", label="the same layer untrained")
+        fig.legend(loc="outside upper right")
+        low, high = np.nanmin([low, *circles]), np.nanmax([high, *circles])
     axis.axhline(0, color="0.3", lw=1)
     axis.set_yscale("symlog", linthresh=1)
     axis.yaxis.set_major_locator(FixedLocator([-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100]))
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_ylim(min(-1.2, 1.3 * gap.min()), max(1.2, 1.3 * gap.max()))
-    axis.set(ylabel="α − α of the control", title="below zero: a tail that chance does not make")
+    axis.set_ylim(min(-1.2, 1.3 * low), max(1.2, 1.3 * high))
+    axis.set(ylabel="α − α of the control", title=title)
     _name_ticks(axis, table.name)
     return fig
 

@@ -25,9 +25,10 @@ def read_state_dict(path: str | Path, prefix: str = "", inside: str = "") -> dic
 
     Reads safetensors (those of ``sparse.save_sparse`` too), pickles of plain tensors
     (``weights_only``, so no code of theirs runs) and TorchScript archives such as OpenAI's. Nested
-    checkpoints ({"state_dict": …}, {"model": …}) are opened, at the key `inside` if they have it;
-    what is no tensor is left out, and a ``module.`` prefix is dropped. With `prefix` only the keys
-    below it are kept, without it ("visual.").
+    checkpoints ({"state_dict": …, "step": …}) are opened, at the key `inside` if they have it, else
+    down to the first level with matrices, and there the part with most of them; what is no tensor
+    is left out, and a ``module.`` prefix is dropped. With `prefix` only the keys below it are kept,
+    without it ("visual.").
 
     Raises:
         LabError: missing or unreadable file, no tensors in it, or no key with that prefix.
@@ -44,11 +45,10 @@ def read_state_dict(path: str | Path, prefix: str = "", inside: str = "") -> dic
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get(inside), Mapping):
         state = state[inside]
-    while isinstance(state, Mapping) and not any(isinstance(v, Tensor) for v in state.values()):
-        inner = [v for v in state.values() if isinstance(v, Mapping)]
-        if not inner:
-            break
-        state = max(inner, key=len)
+    level = [state] if isinstance(state, Mapping) else []
+    while level and not any(map(_matrices, level)):
+        level = [v for part in level for v in part.values() if isinstance(v, Mapping)]
+    state = max(level, key=_matrices, default=state)
     named = state.items() if isinstance(state, Mapping) else ()
     tensors = {str(k).removeprefix("module."): v for k, v in named if isinstance(v, Tensor)}
     if not tensors:
@@ -57,6 +57,10 @@ def read_state_dict(path: str | Path, prefix: str = "", inside: str = "") -> dic
     if not kept:
         raise LabError(f"{path} has no key under {prefix!r}; its first is {next(iter(tensors))!r}")
     return kept
+
+
+def _matrices(state: Mapping) -> int:
+    return sum(isinstance(v, Tensor) and v.ndim > 1 for v in state.values())
 
 
 def is_jit(path: Path) -> bool:

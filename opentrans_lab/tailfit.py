@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import LabError
 
 RULES = ("csn", "mid", "peak", "peak_official")
+ROUNDING = 1e-5  # a tail whose logarithms differ less is one value, computed in float32
 SMALL_TAIL = 20  # below it sigma is rough and the layer is flagged, but still ranked
 
 
@@ -45,7 +46,9 @@ def fit_alpha(eigs: Tensor | np.ndarray | Sequence[float], rule: str = "csn",
     Args:
         eigs: any order; values that are not positive are the null space and are left out.
         rule: ``"csn"``: the xmin with the smallest D over all of them (Clauset, Shalizi, Newman
-            2009), exact; ``"mid"``: xmin at the median; ``"peak"``: the smallest D for xmin within
+            2009), exact; ``"mid"``: xmin at the median, the upper one of an even number, as in
+            TempBalance's code (which leaves out values tied with xmin that come before it);
+            ``"peak"``: the smallest D for xmin within
             0.95 to 1.5 times the mode of the log10 histogram (100 bins); ``"peak_official"``: as
             in the authors' code, whose lower bound is the *logarithm* of 0.95 times the mode
             (so usually no bound, and alpha depends on the scale of the weights) and which drops
@@ -69,17 +72,19 @@ def fit_alpha(eigs: Tensor | np.ndarray | Sequence[float], rule: str = "csn",
     if len(first) < 3:
         return Fit(status=f"{len(first)} distinct positive eigenvalues, at least 3 are needed")
     log, n = np.log(x), np.arange(len(x), 0, -1)  # (N,) both; n is the tail size from each rank
+    if log[-1] - log[0] < ROUNDING:
+        return Fit(status="all eigenvalues are equal up to rounding")
     # Sum over the tail of log(x / x[i]) as suffix sums of gaps: cancels nothing.
     excess = np.cumsum((np.diff(log, append=log[-1]) * (n - 1))[::-1])[::-1]
     usable = first[:-1]  # the largest value has no tail
     if rule == "mid":
-        usable = np.array([len(x) // 2])
+        usable = np.searchsorted(x, x[len(x) // 2 : len(x) // 2 + 1])
     elif rule != "csn":
         counts, edges = np.histogram(np.log10(x), bins=100)
         mode = 10.0 ** edges[counts.argmax()]
         low = 0.95 * mode if rule == "peak" else math.log10(0.95 * mode)
         usable = usable[(x[usable] >= low) & (x[usable] <= 1.5 * mode)]
-    usable = usable[excess[usable] > 0]
+    usable = usable[excess[usable] > ROUNDING * n[usable]]
     if not len(usable):
         return Fit(status=f"no eigenvalue can be xmin under the rule {rule}")
     slope = n[usable] / excess[usable]  # (c,) alpha - 1

@@ -23,13 +23,14 @@ def fetch(name: str, tag: str, known: dict) -> Path:
     Raises:
         LabError: not cached and neither server answers; says what to fetch, and how to use it.
     """
-    repository = known["hf_hub"].rstrip("/")
-    for file in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
+    repository, _, named = known["hf_hub"].rpartition("/")
+    for file in (named,) if named else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
         if isinstance(path := try_to_load_from_cache(repository, file), str):
             return Path(path)
     hub, address = f"{constants.ENDPOINT}/{repository}", known["url"]
     old = Path("~/.cache/clip").expanduser() / Path(address).name  # where OpenAI's package keeps it
-    for source in (address, hub) if old.is_file() else (hub, address):
+    sources = [s for s in (address, hub) if s]  # many tags are on the hub alone
+    for source in sources if old.is_file() else reversed(sources):
         try:
             if source == hub or not old.is_file():  # ask first: the hub's client retries for long
                 question = urllib.request.Request(source, method="HEAD")
@@ -37,10 +38,11 @@ def fetch(name: str, tag: str, known: dict) -> Path:
             return Path(download_pretrained(known, prefer_hf_hub=source == hub))
         except (OSError, RuntimeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
+    quick = "-quickgelu" if known.get("quick_gelu") else ""
     raise LabError(
         f"the weights {tag!r} of {name} are not in the cache and cannot be downloaded ({reason}); "
-        f"fetch {address} (or {hub}) on another machine and use backbone='{name}-quickgelu', "
-        "checkpoint=<path of the file>"
+        f"fetch {' or '.join(sources)} on another machine and name {name}{quick} with "
+        "checkpoint=<path of the file> (on the command line: --checkpoint)"
     )
 
 

@@ -1,6 +1,7 @@
 """The spectrum analysis against independent oracles, known truths and awkward weights."""
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from opentrans_lab import alpha, esd
 from opentrans_lab.alpha import (
     AUTHORS_FROZEN,
+    RESHAPES,
     RULES,
     compare_authors,
     fit_alpha,
@@ -146,13 +148,15 @@ def test_csn_equals_weightwatcher_on_the_same_spectra():
 
 
 def test_mid_and_peak_rules_equal_a_direct_reading_of_their_definitions(rn50_eigs):
-    spectra = [np.unique(x) for x in mixed_spectra(70)]
-    for eigs in spectra + [rn50_eigs["layer2.0.conv2"], rn50_eigs["layer3.0.conv1"]]:
+    layers_of_rn50 = [rn50_eigs["layer2.0.conv2"], rn50_eigs["layer3.0.conv1"]]
+    for eigs in [np.sort(x) for x in mixed_spectra(70)] + layers_of_rn50:
         eigs = eigs[eigs > 0]
-        tail = eigs[len(eigs) // 2 :]
+        tail = eigs[eigs >= eigs[len(eigs) // 2]]
         assert fit_alpha(eigs, "mid").alpha == pytest.approx(
             1 + len(tail) / np.log(tail / tail[0]).sum(), rel=1e-9)
         assert fit_alpha(eigs, "mid").n_tail == len(tail)
+        if len(np.unique(eigs)) < len(eigs):
+            continue  # the loop below reads distinct values
         for rule in ("peak", "peak_official"):
             kept = eigs[eigs > 1e-5] if rule == "peak_official" else eigs
             counts, edges = np.histogram(np.log10(kept), 100)
@@ -247,25 +251,53 @@ def test_controls_keep_what_they_promise():
 def test_awkward_layers_are_nan_with_a_reason_and_the_rest_goes_on():
     torch.manual_seed(0)
     model = nn.ModuleDict(dict(
-        good=nn.Conv2d(32, 32, 3), zero=nn.Linear(40, 40), constant=nn.Conv2d(16, 16, 3),
+        good=nn.Conv2d(32, 32, 3), orthogonal=nn.Linear(60, 60), scaled=nn.Linear(60, 60),
+        sparse=nn.Linear(40, 40), zero=nn.Linear(40, 40), constant=nn.Conv2d(16, 16, 3),
         nan=nn.Linear(40, 40), inf=nn.Linear(40, 40), depthwise=nn.Conv2d(32, 32, 3, groups=32),
         table=nn.Embedding(50, 20), transposed=nn.ConvTranspose2d(8, 8, 2), tiny=nn.Linear(2, 2),
     ))
     with torch.no_grad():
+        for name, factor in dict(orthogonal=1, scaled=1e3).items():
+            nn.init.orthogonal_(model[name].weight).mul_(factor)
+        model["scaled"].double()
+        model["sparse"].weight = nn.Parameter(model["sparse"].weight.to_sparse())
         model["zero"].weight.zero_()
         model["constant"].weight.fill_(0.1)
         model["nan"].weight[3, 4] = torch.nan
         model["inf"].weight[3, 4] = torch.inf
     table = layer_alphas(model, control="permute", bootstrap=3).set_index("name")
     assert list(table.index) == list(model)
+    for reshape, rule in itertools.product(RESHAPES, RULES):
+        other = layer_alphas(model, reshape, rule).set_index("name")
+        fitted = {"good"} | ({"constant"} if reshape == "fft" else set())  # a blur, as an operator
+        assert set(other.index[other.alpha.notna()]) == fitted, (reshape, rule)
+        assert other.alpha["good"] > 1 and (other.status != "").all()
     assert table.alpha["good"] > 1 and table.status["good"] == "ok"
     failed = table.drop("good")
     for column in ("alpha", "sigma", "xmin", "D", "freeze_probability"):
         assert failed[column].isna().all()
-    for name, word in dict(zero="zero", constant="distinct", nan="NaN", inf="Inf", tiny="distinct",
-                           depthwise="depthwise", table="Embedding",
-                           transposed="ConvTranspose2d").items():
+    for name, word in dict(zero="zero", sparse="sparse", orthogonal="equal", scaled="equal",
+                           nan="NaN", inf="Inf", tiny="distinct", depthwise="depthwise",
+                           table="Embedding", transposed="ConvTranspose2d").items():
         assert word in table.status[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", RULES)
+def test_values_equal_up_to_rounding_make_no_tail(rule, dtype):
+    """An orthogonal matrix has one eigenvalue; what rounding adds to it is no power law."""
+    torch.manual_seed(0)
+    weight = 1e3 * nn.init.orthogonal_(torch.empty(60, 60, dtype=dtype))
+    fit = fit_alpha(alpha.esd(weight), rule)
+    assert np.isnan(fit.alpha) and "equal up to rounding" in fit.status
+    weight[:4] *= torch.tensor([0.1, 0.3, 0.5, 0.7], dtype=dtype)[:, None]
+    fit = fit_alpha(alpha.esd(weight), rule)  # the tail above the four is still one value
+    assert np.isnan(fit.alpha) or fit.alpha < 20
+
+
+def test_mid_counts_all_values_from_xmin_up():
+    fit = fit_alpha([1, 1, 2, 2, 2, 2, 2, 3, 5, 9], "mid")
+    assert fit.n_tail == 8 and fit.alpha == pytest.approx(1 + 8 / np.log([1.5, 2.5, 4.5]).sum())
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -285,6 +317,46 @@ def test_rank_deficiency_leaves_exact_zeros_and_the_same_tail():
     eigs = alpha.esd(low.double())
     assert (eigs == 0).sum() == 50 and eigs[50] > 1e-3
     assert fit_alpha(eigs, "mid").n_tail == 20
+
+
+def test_what_is_null_in_the_whole_layer_is_null():
+    """A 2 x 2 box kernel passes nothing at the highest frequencies, whatever rounding says."""
+    mix = torch.randn(24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    eigs = alpha.esd(mix[:, :, None, None].expand(24, 24, 2, 2), "fft")
+    assert eigs[eigs > 0].min() > 1e-12 * eigs.max()
+    assert (eigs == 0).sum() == 24 * 15  # one row and one column of the 8 x 8 frequencies
+
+
+@pytest.mark.parametrize(("weight", "groups", "said"), [
+    (torch.randn(0, 5), 1, "empty"), (torch.eye(6).to_sparse(), 1, "sparse"),
+    (torch.eye(6).to_sparse_csr(), 1, "sparse"), (torch.empty(6, 6, device="meta"), 1, "meta"),
+    (torch.eye(6, dtype=torch.int64), 1, "int64"), (torch.eye(6).cfloat(), 1, "complex64"),
+    (torch.randn(6, 6), 4, "groups=4"), (torch.randn(6, 6), 0, "groups=0"),
+    (torch.randn(6), 1, "no matrix"), (torch.full((3, 3), torch.nan), 1, "NaN"),
+])
+def test_weights_without_a_spectrum_are_refused_with_a_sentence(weight, groups, said):
+    with pytest.raises(LabError, match=said):
+        alpha.esd(weight, groups=groups)
+
+
+def test_a_failing_solver_and_vanishing_squares_cost_one_layer(monkeypatch):
+    torch.manual_seed(0)
+    state = {"a.weight": torch.randn(30, 30), "b.weight": torch.randn(40, 40),
+             "c.weight": torch.randn(30, 30, dtype=torch.float64) * 1e-170, 7: torch.ones(3, 3)}
+    real = torch.linalg.eigvalsh
+
+    def solver(gram):
+        if gram.shape[-1] == 40:
+            raise RuntimeError("can't allocate memory\nmore")
+        return real(gram)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", solver)
+    table = layer_alphas(state).set_index("name")
+    assert table.alpha["a"] > 1 and table.alpha[["b", "c"]].isna().all()
+    assert table.status["b"] == "no eigenvalues: can't allocate memory"
+    assert "too small" in table.status["c"] and "bare" in table.status["7"]
+    monkeypatch.undo()
+    assert layer_alphas(state).alpha[1] > 1  # a failure is not remembered
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -315,6 +387,36 @@ def test_pruned_weights_are_read_as_they_act():
                                    "2.out_proj"]
 
 
+@pytest.mark.parametrize("wrap", [
+    nn.utils.spectral_norm, nn.utils.weight_norm, parametrizations.spectral_norm,
+    parametrizations.weight_norm])
+@pytest.mark.parametrize("layer", [nn.Linear(50, 40), nn.Conv2d(30, 40, 3)])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_reparametrised_weights_are_read_as_they_act_and_nothing_changes(wrap, layer):
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(copy.deepcopy(layer)), nn.Linear(40, 30))
+    with torch.no_grad():  # as after loading a checkpoint: what the module caches is out of date
+        next(p for p in model.parameters() if p.ndim > 1 and min(p.shape[:2]) > 1).mul_(
+            torch.rand(layer.weight.shape[1]).view(1, -1, *[1] * (layer.weight.ndim - 2)))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    table = layer_alphas(model)
+    assert model[0].training and model.training
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    x = torch.randn(2, layer.weight.shape[1], *[5] * (layer.weight.ndim - 2))
+    model.eval()(x) if layer.weight.ndim == 2 else model[0].eval()(x)
+    acting = layer_alphas({"0.weight": model[0].weight, "1.weight": model[1].weight})
+    assert list(table.name) == ["0", "1"]
+    np.testing.assert_allclose(table.alpha, acting.alpha)
+    np.testing.assert_allclose(table.log_norm, acting.log_norm)
+
+
+def test_spectral_norm_in_a_bare_state_dict_is_refused():
+    model = nn.utils.spectral_norm(nn.Linear(50, 40))
+    table = layer_alphas(model.state_dict())
+    assert table.alpha.isna().all() and "parametrised" in table.status[0]
+
+
 def test_parametrised_weights_are_computed_from_the_model_and_refused_from_a_state_dict():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(50, 40)))
     ours = layer_alphas(model)
@@ -323,11 +425,12 @@ def test_parametrised_weights_are_computed_from_the_model_and_refused_from_a_sta
     assert table.alpha.isna().all() and "parametrised" in table.status[0]
 
 
+@pytest.mark.parametrize("reshape", ["slices", "flatten"])
 @pytest.mark.parametrize("rule", ["csn", "mid", "peak"])
-def test_the_frozen_half_does_not_depend_on_the_scale_of_the_weights(rn50, rule):
+def test_the_frozen_half_does_not_depend_on_the_scale_of_the_weights(rn50, rule, reshape):
     state = {k: v for k, v in rn50.state_dict().items() if k.startswith("layer2") and v.ndim == 4}
-    a = layer_alphas(state, rule=rule)
-    b = layer_alphas({k: 10 * v for k, v in state.items()}, rule=rule)
+    a = layer_alphas(state, reshape, rule)
+    b = layer_alphas({k: 10 * v for k, v in state.items()}, reshape, rule)
     np.testing.assert_array_equal(a.alpha < a.alpha.median(), b.alpha < b.alpha.median())
 
 
@@ -350,6 +453,86 @@ def test_every_layer_of_open_clip_models_is_accounted_for(name):
             assert depthwise or "meta" in names[key].reason
     bare = [x for x in names.values() if x.type not in ("conv2d", "linear", "attention")]
     assert len(bare) < 6 and all("not a layer" in x.reason or "only" in x.reason for x in bare)
+
+
+def kinds(source):
+    """What `layers` makes of a model: name -> (type, analysed)."""
+    return {x.name: (x.type, x.reason == "" or "no values" in x.reason) for x in layers(source)}
+
+
+def test_a_module_and_its_state_dict_give_the_same_layers():
+    with torch.device("meta"):
+        model = open_clip.create_model("ViT-B-16-SigLIP", pretrained=None, device="meta")
+    built, bare = kinds(model), kinds(model.state_dict())
+    assert {k for k, v in built.items() if v[1]} == {k for k, v in bare.items() if v[1]}
+    assert all(bare[k][0] == v[0] for k, v in built.items() if v[1])
+    assert built["visual.trunk.patch_embed.proj"] == ("conv2d", True)
+    assert built["visual.trunk.blocks.3.attn.qkv.k"] == ("attention", True)
+    assert not built["text.token_embedding"][1]
+
+
+def test_names_with_embed_in_them():
+    state = {"patch_embedding.weight": torch.randn(30, 3, 4, 4), "wte.weight": torch.randn(40, 30),
+             "time_embed.0.weight": torch.randn(40, 30), "embeddings.word.weight": torch.eye(30),
+             "x.position_embedding.weight": torch.randn(40, 30)}
+    found = {name for name, (_, analysed) in kinds(state).items() if analysed}
+    assert found == {"patch_embedding", "time_embed.0", "embeddings.word"}
+
+
+def test_one_input_channel_is_depthwise_only_in_groups():
+    model = nn.ModuleDict(dict(grey=nn.Conv2d(1, 64, 7), deep=nn.Conv2d(16, 16, 3, groups=16)))
+    flat = layer_alphas(model, "flatten").set_index("name")
+    assert flat.alpha["grey"] > 1 and flat.n_evals["grey"] == 49
+    assert "depthwise" in flat.status["deep"]
+    bare = layer_alphas(model.state_dict())
+    assert bare.alpha.isna().all() and bare.status.str.contains("or a single-channel input").all()
+
+
+def test_fused_qkv_is_three_layers():
+    torch.manual_seed(0)
+    fused = nn.ModuleDict({"qkv": nn.Linear(40, 120), "attn": nn.ModuleDict(
+        {"qkv": nn.Linear(40, 120)})})
+    table = layer_alphas(fused).set_index("name")
+    assert list(table.index) == [f"{k}.{x}" for k in ("qkv", "attn.qkv") for x in "qkv"]
+    alone = layer_alphas({"k.weight": fused["attn"]["qkv"].weight[40:80]})
+    assert table.alpha["attn.qkv.k"] == alone.alpha[0]
+    transposed = {"c_attn.weight": torch.randn(40, 120), "qkv.weight": torch.randn(40, 120)}
+    assert len(layers(transposed)) == 2
+
+
+def test_freeze_probability_counts_fitted_replicates_only(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(4)))
+    real, calls = alpha.fit_alpha, []
+
+    def flaky(eigs, rule):  # every second replicate of the first layer is lost
+        calls.append(1)
+        steep = real(eigs, rule)
+        first = len(calls) in range(5, 25)
+        if first and len(calls) % 2:
+            return alpha.Fit(status="lost")
+        return alpha.Fit(alpha=1.1) if first else steep
+
+    monkeypatch.setattr(alpha, "fit_alpha", flaky)
+    table = layer_alphas(model, bootstrap=20)
+    assert table.freeze_probability[0] == 1  # below in each replicate that has an alpha
+    assert table.freeze_probability.between(0, 1).all()
+
+
+@pytest.mark.parametrize("options", [dict(bootstrap=-1), dict(bootstrap=2.5), dict(seed=-1)])
+def test_odd_numbers_are_refused(options):
+    with pytest.raises(LabError, match="use"):
+        layer_alphas(nn.Linear(30, 30), **options)
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-16"])
+def test_every_layer_of_a_full_size_tower_is_fitted(name):
+    torch.manual_seed(0)
+    tower = open_clip.create_model(name, pretrained=None).visual
+    table = layer_alphas(tower)
+    told = table.status.str.contains("bare parameter|small tail") | (table.status == "ok")
+    assert told.all() and (table.alpha > 1).sum() == table.alpha.notna().sum() >= 50
+    assert table.alpha.isna().eq(table.status.str.contains("bare")).all()
 
 
 def test_table_columns_controls_and_bootstrap():
@@ -394,6 +577,16 @@ def test_state_dict_files_need_no_model(tmp_path):
     pd.testing.assert_frame_equal(layer_alphas(flat), expected)
     opened = read_state_dict(tmp_path / "b.pt", prefix="visual.")
     pd.testing.assert_frame_equal(layer_alphas(opened), expected)
+    weights = model.state_dict()
+    state = {i: {"exp_avg": torch.ones(9, 9), "exp_avg_sq": torch.ones(9, 9)} for i in range(50)}
+    for k, beside in enumerate((
+        {"model": weights, "step": torch.tensor(5)}, {"loss": torch.zeros(1), "net": weights},
+        {"optimizer": {"state": state, **{str(i): i for i in range(50)}}, "model": weights},
+        {"optimizer": {"state": state}, "teacher": {"weight": torch.eye(3)}, "model": weights},
+    )):
+        torch.save(beside, tmp_path / f"n{k}.pt")
+        opened = read_state_dict(tmp_path / f"n{k}.pt")
+        pd.testing.assert_frame_equal(layer_alphas(opened), expected)
     (tmp_path / "bad.pt").write_bytes(b"no")
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
     said = {"no.pt": "does not exist", "bad.pt": "damaged", "empty.pt": "holds no"}
@@ -453,6 +646,26 @@ def test_alpha_stands_on_torch_numpy_and_pandas_alone():
 # ------------------------------------------------------------------------------------ pictures
 
 
+def test_pictures_of_spectra_and_gaps():
+    import matplotlib
+
+    matplotlib.use("agg")
+    from opentrans_lab import plots
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(6)))
+    table = layer_alphas(model, control="permute")
+    blank = table.assign(alpha=table.alpha[::-1].to_numpy(), control_alpha=1.5)
+    blank.loc[2, "alpha"] = 500.0
+    (axis,) = plots.control_gap(table, blank[::-1], "told").axes
+    assert axis.get_title() == "told"
+    assert [bar.get_height() for bar in axis.patches] == list(table.alpha - table.control_alpha)
+    np.testing.assert_array_equal(axis.lines[0].get_ydata(), blank.alpha - blank.control_alpha)
+    assert axis.get_ylim()[1] > 498.5  # the circles are in the picture
+    with pytest.raises(LabError, match="none of these layers"):
+        plots.esd_grid({}, table)
+
+
 def test_explorer_is_a_static_panel_headless_and_widgets_in_a_session(monkeypatch):
     import matplotlib
 
@@ -467,6 +680,13 @@ def test_explorer_is_a_static_panel_headless_and_widgets_in_a_session(monkeypatc
     assert "α = " in figure.axes[0].texts[0].get_text()
     with pytest.raises(LabError, match="no layer 'x'"):
         compare(models["a"], "x")
+    hollow = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30), nn.Linear(30, 30))
+    with torch.no_grad():
+        hollow[1].weight.zero_()
+    assert explore({"hollow": hollow}).get_suptitle() == "2"
+    for nothing in ({}, {"norm": nn.BatchNorm2d(3)}, {"zero": hollow[1]}):
+        with pytest.raises(LabError, match="nothing to explore"):
+            explore(nothing)
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *objects: shown.extend(objects))
     monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/01.ipynb")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from opentrans_lab import __version__
+from opentrans_lab.cli import main
 from opentrans_lab.results import PROJECT, run_dir
 
 SAVE = 'run.save({"value": seed})'
@@ -80,7 +81,7 @@ def test_help_loads_nothing_heavy():
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.splitlines()[-1] == "[]"
-    for name in ("run", "report", "alpha", "mask", "campaign", "mini-clip"):
+    for name in ("run", "report", "alpha", "cost", "mask", "campaign", "mini-clip"):
         assert name in told.stdout
 
 
@@ -122,12 +123,46 @@ def test_alpha_of_the_mini_and_of_a_bare_file(tmp_path):
         (("mini", "--prefix", "visual."), "--prefix goes with a file"),
         (("README.md", "--checkpoint", "openai"), "README.md is a file already"),
         (("mini", "--bootstrap", "-1"), "bootstrap=-1 replicates"),
+        (("mini", "--bootstrap", "2", "--seed", "-1"), "seed=-1; use a whole number"),
+        (("mini", "--out", "."), "--out . is a folder"),
         (("mini", "--compare", "authors"), "not the visual tower of CLIP RN50"),
     ],
 )
-def test_alpha_says_what_is_wrong(args, sentence):
-    told = subprocess.run([*COMMAND, "alpha", *args], capture_output=True, text=True, cwd=PROJECT)
-    assert told.returncode == 2 and sentence in told.stderr and "Traceback" not in told.stderr
+def test_alpha_says_what_is_wrong(monkeypatch, capsys, args, sentence):
+    monkeypatch.chdir(PROJECT)
+    with pytest.raises(SystemExit, match="2"):
+        main(["alpha", *args])
+    assert sentence in capsys.readouterr().err
+
+
+def test_alpha_writes_its_table_before_it_compares_and_says_what_it_left_out(tmp_path, capsys):
+    import pandas as pd
+
+    tables, without = [], ["--exclude", "attnpool", "--exclude", "conv1"]
+    for k, more in enumerate((["--compare", "authors"], without)):
+        out = tmp_path / f"{k}.csv"
+        with pytest.raises(SystemExit, match=("2", "0")[k]):
+            main(["alpha", "mini", "--out", str(out), *more])
+        tables.append(pd.read_csv(out))
+    every, some = tables
+    kept = every[~every["name"].str.startswith("attnpool") & (every["name"] != "conv1")]
+    assert list(some["name"]) == list(kept["name"]) and len(some) < len(every) - 4
+    told, median = capsys.readouterr().out, f"{some['alpha'].median():.4f}"
+    told = told.partition("layers (without attnpool, conv1) fitted, median alpha over these ")[2]
+    assert told.startswith(f"{some['alpha'].notna().sum()}: {median}")
+
+
+@pytest.mark.parametrize(
+    ("model", "tag"),
+    [("ViT-B-16", "dfn2b"), ("ViT-B-16-SigLIP", "webli"), ("ViTamin-S", "datacomp1b")],
+)
+def test_alpha_of_a_tag_on_the_hub_alone_says_where_to_get_it(monkeypatch, capsys, model, tag):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit, match="2"):
+        main(["alpha", model, "--checkpoint", tag])
+    told = capsys.readouterr().err
+    assert f"'{tag}' of {model} are not in the cache" in told
+    assert "fetch http://127.0.0.1:9/" in told and " or  " not in told
 
 
 @pytest.fixture
@@ -191,3 +226,16 @@ def test_mask_says_what_is_wrong_and_writes_nothing(lab, tmp_path, mask_files, a
     told = lab("mask", *args)
     assert told.returncode == 2 and sentence in told.stderr and "Traceback" not in told.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_cost_prints_both_conventions_and_writes_exact_numbers(tmp_path):
+    import pandas as pd
+
+    out = tmp_path / "cost.csv"
+    told = subprocess.run([*COMMAND, "cost", "--out", str(out)], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "reconstructed" in told.stdout and "uniform" in told.stdout
+    table = pd.read_csv(out).set_index(["convention", "component"])
+    assert table.loc[("uniform", "trunk"), "params"] == 23_527_264
+    bad = subprocess.run([*COMMAND, "cost", "--size", "800"], capture_output=True, text=True)
+    assert bad.returncode == 2 and "800" in bad.stderr and "Traceback" not in bad.stderr
