@@ -9,9 +9,13 @@ from torch import nn
 from .backbone import Backbone
 from .errors import LabError
 from .heads.deeplabv3 import DeepLabV3
+from .heads.fcclip import FCCLIP
+from .heads.han import Han
 
 FRAMEWORKS: dict[str, Callable[..., nn.Module]] = {
     "deeplabv3": DeepLabV3,
+    "han": Han,
+    "fcclip": FCCLIP,
 }
 PRESETS = ("paper", "mini")  # of every framework: the published sizes, or narrower ones
 

@@ -50,7 +50,8 @@ class Recipe:
     batch_size: int = 16
     lr: float = 1e-3
     backbone_lr: float = 0.1
-    """Multiplier of ``lr`` for the backbone."""
+    """Multiplier of ``lr`` for the backbone; 0 leaves FC-CLIP's frozen, BN included, as its authors
+    do."""
     images: int = 0
     """Fixed training images; 0: all of the data set, for scenes without end."""
     eval_images: int = 128
@@ -188,7 +189,7 @@ def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
 
     def work(folder: Path) -> dict:
         backbone, mask = row_start(lab, recipe.row, config)
-        model = build(recipe.framework, backbone, recipe.preset)
+        model = build(recipe.framework, backbone, recipe.preset, **_options(lab, recipe))
         at = {} if recipe.select == "none" else {
             int(recipe.warmup * recipe.steps): lambda m: _freeze_by_alpha(m, recipe, folder)
         }  # fmt: skip
@@ -249,6 +250,15 @@ def selection_table(
         line = {"regime": regime, "select": changed.select, "layers_frozen": len(done.frozen)}
         lines.append(line | done.metrics)
     return pd.DataFrame(lines)
+
+
+def _options(lab: Lab, recipe: Recipe) -> dict:
+    """What a framework needs beside its backbone: Han et al. the dense CLIP, as a teacher."""
+    if recipe.framework == "han":
+        return {"teacher": lab.load()}
+    if recipe.framework == "fcclip":
+        return {"clip": "tuned" if recipe.backbone_lr else "frozen"}
+    return {}
 
 
 def _freeze_by_alpha(model: nn.Module, recipe: Recipe, folder: Path) -> None:

@@ -8,7 +8,7 @@ from opentrans_lab import scenes
 from opentrans_lab.backbone import load_backbone
 from opentrans_lab.errors import LabError
 from opentrans_lab.frameworks import FRAMEWORKS, build
-from opentrans_lab.heads.deeplabv3 import set_output_stride
+from opentrans_lab.heads.deeplabv3 import DeepLabV3, set_output_stride
 from opentrans_lab.masks import Mask
 
 VOCABULARY = tuple(scenes.THINGS[:5]) + scenes.STUFF
@@ -27,7 +27,10 @@ def model(request):
 def batch(n=2):
     drawn = scenes.render(range(n), names=range(5), seed=4)
     labels = torch.where(drawn.labels >= 192, drawn.labels - 192 + 5, drawn.labels)
-    return {"images": drawn.images, "labels": labels, "names": VOCABULARY}
+    ids = [*range(5), *range(192, 200)]
+    classes = [torch.tensor([ids.index(int(c)) for c in one]) for one in drawn.classes]
+    return {"images": drawn.images, "labels": labels, "names": VOCABULARY,
+            "masks": drawn.masks, "classes": classes}  # fmt: skip
 
 
 def test_scores_take_any_vocabulary(model):
@@ -38,8 +41,9 @@ def test_scores_take_any_vocabulary(model):
         few = model.scores(images, VOCABULARY[:3])
         turned = model.scores(images, VOCABULARY[::-1])
     assert scores.shape[:2] == (2, 13) and few.shape[1] == 3
-    torch.testing.assert_close(turned.flip(1), scores)
-    torch.testing.assert_close(few, scores[:, :3])
+    torch.testing.assert_close(turned.flip(1), scores, rtol=1e-4, atol=1e-5)
+    if isinstance(model, DeepLabV3):  # cosines; the others give probabilities over the vocabulary
+        torch.testing.assert_close(few, scores[:, :3])
 
 
 def test_it_learns_one_batch_and_keeps_the_mask(model):
@@ -58,10 +62,9 @@ def test_it_learns_one_batch_and_keeps_the_mask(model):
     assert mask.verify(model)
 
 
-def test_ignored_pixels_do_not_count(model):
+def test_ignored_pixels_do_not_count():
     """Where a whole half is ignored, what the model says there changes nothing."""
-    data = batch()
-    model.eval()
+    data, model = batch(), model_of("deeplabv3").eval()
     outputs = model(data["images"])  # (B, D, 8, 8)
     other = outputs.clone()
     other[..., 5:] = outputs[..., 5:].flip(1)  # a column beyond what bilinear reads from the left
@@ -89,7 +92,7 @@ def test_scores_of_odd_sizes_lie_where_the_pixels_are(model):
 
 def test_text_is_no_part_of_the_state(model):
     keys = model.state_dict()
-    assert all(k.split(".")[0] in ("backbone", "aspp", "project", "log_scale") for k in keys)
+    assert not any("text" in k or "token" in k or "teacher" in k for k in keys)
     assert {k for k in keys if k.startswith("backbone.")} == {
         f"backbone.visual.{k}" for k in model.backbone.visual.state_dict()
     }

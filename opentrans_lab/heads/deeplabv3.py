@@ -14,6 +14,7 @@ from ..backbone import Backbone
 from ..errors import LabError
 from ..scenes import IGNORE
 from ..text import ClassNames, best_name, flat_names
+from .inference import cut, pad
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,9 @@ class DeepLabV3(nn.Module):
         They cover the whole picture: sides that are no multiple of 32, which the trunk would cut
         short, are padded with grey, and the scores are read off the true extent.
         """
-        h, w = images.shape[-2:]
-        high, wide = -h % 32, -w % 32  # rows and columns to add
-        padded = F.pad(images, (0, wide, 0, high), value=0.5)
+        padded = pad(images)
         scores = self.logits(self(padded), class_names)
-        if not (high or wide):
-            return scores
-        x, y = w / (w + wide), h / (h + high)  # share of the padded picture
-        size = [len(scores), 1, math.ceil(scores.shape[-2] * y), math.ceil(scores.shape[-1] * x)]
-        part = scores.new_tensor([[x, 0, x - 1], [0, y, y - 1]]).expand(len(scores), 2, 3)
-        grid = F.affine_grid(part, size, align_corners=False)
-        return F.grid_sample(scores, grid, padding_mode="border", align_corners=False)
+        return cut(scores, images.shape[-2:], padded.shape[-2:])
 
 
 def set_output_stride(visual: nn.Module, output_stride: int) -> None:
