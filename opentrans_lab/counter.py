@@ -208,16 +208,13 @@ class Counted(NamedTuple):
         return self.trace.rows[head if component == "head" else of == component]
 
     def parameters(self, component: str) -> dict[str, nn.Parameter]:
-        """By name, those that the pass reads, of a component or of the "head".
-
-        A scalar (a logit scale) counts wherever it is read.
-        """
+        """By name, those that the pass reads, of a component or of the "head"."""
         found = {}
         for name, p in self.model.named_parameters():
             of = self.component(name)
             if component == "head" and of not in ("trunk", "attention pool"):
                 of = "head"
-            if of == component and (name in self.trace.read or p.numel() == 1):
+            if of == component and name in self.trace.read:
                 found[name] = p
         return found
 
@@ -256,7 +253,7 @@ def layer_costs(counted: Counted, mask: Mask | None = None) -> pd.DataFrame:
         kept = {match.prefix + name: int(mask[name].sum()) for name in match.tensors}
     rows = []
     for name, p in counted.model.named_parameters():
-        inside = name in counted.trace.read or p.numel() == 1
+        inside = name in counted.trace.read
         component = counted.component(name) if inside else OUTSIDE
         rows.append(
             (component, name.rpartition(".")[0], p.numel(), 0, kept.get(name, p.numel()), 0)

@@ -19,6 +19,7 @@ from torch import nn
 
 from .alpha import RESHAPES, RULES, layer_alphas
 from .backbone import Backbone
+from .cost import cost
 from .errors import LabError
 from .evaluate import evaluate
 from .finetune import SELECTIONS, freeze, select_layers
@@ -159,8 +160,9 @@ class Segmented:
 
     folder: Path
     metrics: dict
-    """mIoU in percent: ``seen``, ``unseen``, ``all`` (and ``shifted_...``), frozen weights,
-    loss, images/s."""
+    """mIoU in percent: ``seen``, ``unseen``, ``all`` (and ``shifted_...``); parameters and MACs of
+    a picture that survive in the mask (``cost``, uniform), density, frozen weights, loss,
+    images/s."""
 
     @property
     def history(self) -> pd.DataFrame:
@@ -211,7 +213,11 @@ def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
         done.history.to_csv(folder / "history.csv", index=False)
         shutil.rmtree(folder / "checkpoints")
         frozen = sum(p.numel() for p in backbone.visual.parameters() if not p.requires_grad)
+        table = cost(recipe.framework, (lab.size,) * 2, mask, lab.backbone, recipe.preset)
+        total = table.query("convention == 'uniform' and component == 'total'").iloc[0]
         return metrics | {
+            "params": int(total["sparse_params"]),
+            "macs": int(total["sparse_macs"]),
             "density": 1.0 if mask is None else mask.density,
             "frozen_weights": frozen
             - sum(p.numel() for p in backbone.visual.attnpool.parameters()),

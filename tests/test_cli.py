@@ -166,6 +166,20 @@ def test_alpha_of_a_tag_on_the_hub_alone_says_where_to_get_it(monkeypatch, capsy
 
 
 @pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """``command(*args)`` as the installed one, but in this process, which has torch already."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> subprocess.CompletedProcess:
+        with pytest.raises(SystemExit) as ended:
+            main(list(args))
+        told = capsys.readouterr()
+        return subprocess.CompletedProcess(args, ended.value.code, told.out, told.err)
+
+    return run
+
+
+@pytest.fixture
 def mask_files(tmp_path):
     """(mask, checkpoint whose CLIP tower lies deep, small tower) on disk."""
     import torch
@@ -182,19 +196,19 @@ def mask_files(tmp_path):
     return mask, tower
 
 
-def test_mask_commands_describe_apply_and_convert(lab, tmp_path, mask_files):
+def test_mask_commands_describe_apply_and_convert(command, tmp_path, mask_files):
     from opentrans_lab.masks import Mask
     from opentrans_lab.statedict import read_state_dict
 
     mask, tower = mask_files
-    told = lab("mask", "info", "m.safetensors")
+    told = command("mask", "info", "m.safetensors")
     assert told.returncode == 0, told.stderr
     assert "loss: L_KD both" in told.stdout and f"{mask.kept:,} of {mask.total:,}" in told.stdout
     assert all(name.removesuffix(".weight") in told.stdout for name in mask)
 
     for flags in ([], ["--compact"]):
         out = f"out{len(flags)}.safetensors"
-        told = lab("mask", "apply", "m.safetensors", "full.pth", "--out", out, *flags)
+        told = command("mask", "apply", "m.safetensors", "full.pth", "--out", out, *flags)
         assert told.returncode == 0, told.stderr
         matched = f"{len(mask)} of {len(mask)} tensors matched under 'backbone.clip_model.visual.'"
         assert matched in told.stdout
@@ -202,12 +216,12 @@ def test_mask_commands_describe_apply_and_convert(lab, tmp_path, mask_files):
         assert mask.verify(state) and state["head.weight"].all()
     sizes = [(tmp_path / f"out{i}.safetensors").stat().st_size for i in (0, 1)]
     assert sizes[1] < sizes[0]
-    again = lab("mask", "apply", "m.safetensors", "full.pth", "--out", "out0.safetensors")
+    again = command("mask", "apply", "m.safetensors", "full.pth", "--out", "out0.safetensors")
     assert again.returncode == 2 and "exists" in again.stderr
 
-    told = lab("mask", "convert", "m.safetensors", "imp.pth", "--checkpoint", "tower.pt")
+    told = command("mask", "convert", "m.safetensors", "imp.pth", "--checkpoint", "tower.pt")
     assert told.returncode == 0, told.stderr
-    told = lab("mask", "convert", "imp.pth", "back.safetensors")
+    told = command("mask", "convert", "imp.pth", "back.safetensors")
     assert told.returncode == 0 and Mask.load(tmp_path / "back.safetensors") == mask
 
 
@@ -221,21 +235,21 @@ def test_mask_commands_describe_apply_and_convert(lab, tmp_path, mask_files):
         (("convert", "m.safetensors", "x.pth"), "--checkpoint"),
     ],
 )
-def test_mask_says_what_is_wrong_and_writes_nothing(lab, tmp_path, mask_files, args, sentence):
+def test_mask_says_what_is_wrong_and_writes_nothing(command, tmp_path, mask_files, args, sentence):
     before = sorted(tmp_path.iterdir())
-    told = lab("mask", *args)
+    told = command("mask", *args)
     assert told.returncode == 2 and sentence in told.stderr and "Traceback" not in told.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_cost_prints_both_conventions_and_writes_exact_numbers(tmp_path):
+def test_cost_prints_both_conventions_and_writes_exact_numbers(command, tmp_path):
     import pandas as pd
 
     out = tmp_path / "cost.csv"
-    told = subprocess.run([*COMMAND, "cost", "--out", str(out)], capture_output=True, text=True)
+    told = command("cost", "--out", str(out))
     assert told.returncode == 0, told.stderr
     assert "reconstructed" in told.stdout and "uniform" in told.stdout
     table = pd.read_csv(out).set_index(["convention", "component"])
     assert table.loc[("uniform", "trunk"), "params"] == 23_527_264
-    bad = subprocess.run([*COMMAND, "cost", "--size", "800"], capture_output=True, text=True)
+    bad = command("cost", "--size", "800")
     assert bad.returncode == 2 and "800" in bad.stderr and "Traceback" not in bad.stderr
