@@ -34,6 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder of runs for one test."""
     monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("OPENTRANS_RESULTS", str(tmp_path / "results"))
     return tmp_path / "runs"
 
 

@@ -170,7 +170,7 @@ class AlphaCommand:
         if file.is_file():
             if self.checkpoint:
                 raise LabError(f"{file} is a file already; --checkpoint goes with a model's name")
-            return read_state_dict(file, prefix)
+            return read_state_dict(file, prefix, jit=True)
         others = set(open_clip.list_models()) - RESNETS.keys()
         if self.model not in others:  # a ResNet, the mini, or an error that lists them
             if prefix:
@@ -185,7 +185,7 @@ class AlphaCommand:
                 f"its tags are {', '.join(tags)}"
             )
         file = fetch(self.model, self.checkpoint, known) if known else file
-        return read_state_dict(file, prefix or "visual.")
+        return read_state_dict(file, prefix or "visual.", jit=True)
 
 
 @dataclass
@@ -258,7 +258,8 @@ class MaskApply:
     partial: bool = False
     """Go on if only some of the mask's tensors are there."""
     compact: bool = False
-    """One bit a zero: about a sixth of the size; this lab reads it like any other file."""
+    """One bit a zero: a pruned tower becomes about a sixth, a whole CLIP, whose text tower stays
+    dense, shrinks by a fifth; this lab reads it like any other file."""
     force: bool = False
     """Overwrite."""
 

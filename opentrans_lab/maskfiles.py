@@ -37,6 +37,8 @@ def apply_to_file(
     """
     from safetensors.torch import save_file
 
+    if out.suffix != ".safetensors":
+        raise LabError(f"--out {out} must end in .safetensors, which is what is written")
     _may_write(out, force)
     state = {k: v.clone() for k, v in read_state_dict(checkpoint).items()}
     match = open_mask(mask).apply(state, prefix, partial)
@@ -70,5 +72,7 @@ def convert(mask: Path, out: Path, checkpoint: Path | None = None, force: bool =
 
 
 def _may_write(out: Path, force: bool) -> None:
+    if out.is_dir():
+        raise LabError(f"{out} is a folder; name a file in it")
     if out.exists() and not force:
         raise LabError(f"{out} exists; name another file, or add --force")

@@ -31,7 +31,10 @@ class Mask(Mapping[str, Tensor]):
     """An immutable mapping from parameter name to a bool tensor of the parameter's shape."""
 
     def __init__(self, tensors: Mapping[str, Tensor], **meta: str | int | float) -> None:
-        self._tensors = {name: tensor.detach().cpu().bool() for name, tensor in tensors.items()}
+        self._tensors = {
+            name: tensor.detach().to("cpu", torch.bool, copy=True)
+            for name, tensor in tensors.items()
+        }
         self.meta = {key: str(value) for key, value in meta.items()}
         if not self._tensors:
             raise LabError("a mask needs at least one tensor")
@@ -61,7 +64,7 @@ class Mask(Mapping[str, Tensor]):
 
     def __and__(self, other: Mask) -> Mask:
         """Kept in both."""
-        self._same_shapes({name: other[name] for name in other}, "the other mask")
+        self._same_shapes(other, "the other mask")
         return Mask({name: self[name] & other[name] for name in self})
 
     @property
@@ -79,6 +82,7 @@ class Mask(Mapping[str, Tensor]):
 
     def within(self, other: Mask) -> bool:
         """True if every weight kept here is kept in ``other`` (masks of one run are nested)."""
+        self._same_shapes(other, "the other mask")
         return all(bool((~self[name] | other[name]).all()) for name in self)
 
     def layers(self) -> pd.DataFrame:
@@ -116,6 +120,8 @@ class Mask(Mapping[str, Tensor]):
         weights = prunable(visual)
         if keep < 1:
             raise LabError(f"cannot keep {keep:,} weights: a mask keeps at least one")
+        if within is not None:
+            within._same_shapes(weights, "the tower")
         alive = None if within is None else [within[name] for name in weights]
         best = top_k(weights.values(), keep, alive, score=lambda w: w.abs().float())
         return cls(dict(zip(weights, best, strict=True)))
@@ -177,7 +183,7 @@ class Mask(Mapping[str, Tensor]):
         """
         match = self.find(model, prefix, partial)
         for name, tensor in match.tensors.items():
-            tensor.mul_(self[name].to(tensor.device))
+            tensor.masked_fill_(~self[name].to(tensor.device), 0)
         return match
 
     def keep(
@@ -190,9 +196,19 @@ class Mask(Mapping[str, Tensor]):
         """Hold the mask through training: pruned weights are 0 again after every ``step``.
 
         One fused multiplication an update, in anybody's training loop. Returns a handle;
-        ``handle.remove()`` lets go.
+        ``handle.remove()`` lets go. Call it again where parameters or the optimizer are replaced.
+
+        Raises:
+            LabError: as :func:`locate`, or the optimizer trains other parameters than this model's.
         """
         match = self.find(model, prefix, partial)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        wanted = [p for p in match.tensors.values() if p.requires_grad]
+        if wanted and not any(id(p) in trained for p in wanted):
+            raise LabError(
+                "this optimizer trains none of the tower's weights; is it of this model?"
+            )
         parameters = list(match.tensors.values())
         masks: list[Tensor] = []
 
@@ -213,11 +229,11 @@ class Mask(Mapping[str, Tensor]):
         return all(not p[~self[name].to(p.device)].any() for name, p in found.items())
 
     def _same_shapes(self, tensors: Mapping[str, Tensor], whose: str) -> None:
-        for name, tensor in self.items():
-            if name not in tensors or tensors[name].shape != tensor.shape:
-                shape = tuple(tensors[name].shape) if name in tensors else "missing"
+        for name in (*self, *(name for name in tensors if name not in self)):
+            shapes = [tuple(t[name].shape) if name in t else "missing" for t in (self, tensors)]
+            if shapes[0] != shapes[1]:
                 raise LabError(
-                    f"the mask's {name!r} is {tuple(tensor.shape)}, {whose}'s is {shape}; "
+                    f"the mask's {name!r} is {shapes[0]}, {whose}'s is {shapes[1]}; "
                     "was the mask made for another backbone?"
                 )
 
@@ -248,8 +264,13 @@ class Mask(Mapping[str, Tensor]):
                 f"{path} is no mask of this lab; make one with `Mask.save`, or convert the authors'"
                 " with `opentrans-lab mask convert`"
             )
-        shapes = json.loads(meta.pop("shapes"))
-        return cls({name: unpack_bits(packed[name], shapes[name]) for name in shapes}, **meta)
+        try:
+            shapes = json.loads(meta.pop("shapes"))
+            return cls({name: unpack_bits(packed[name], shapes[name]) for name in shapes}, **meta)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise LabError(
+                f"{path} is a damaged mask ({error!r}); copy or make it again"
+            ) from error
 
     @classmethod
     def from_authors(cls, path: str | Path) -> Mask:

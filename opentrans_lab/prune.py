@@ -7,6 +7,7 @@ until the density is reached. One folder a round; a run killed at any moment goe
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -53,8 +54,9 @@ class PruneConfig:
     """Steps of the same loss before the first round, on the unpruned tower (Algorithm 1's
     pre-training; a pretrained CLIP can do without)."""
     rewind: bool = False
-    """Put the surviving weights back to where round 1 started from after each pruning, as lottery
-    tickets do; by default training goes on from where it is, as in the authors' code."""
+    """Put the surviving weights (and BN statistics) back to where round 1 started from after each
+    pruning, as lottery tickets do, the last one included; by default training goes on from where
+    it is, as in the authors' code."""
     checkpoint_every: int = 200
     """Steps between checkpoints within a round."""
     seed: int = 0
@@ -62,10 +64,10 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if not (0 < self.density < 1 and 0 < self.p < 1):
             raise LabError(f"density={self.density} and p={self.p} must lie between 0 and 1")
-        if self.steps < 1 or self.batch_size < 1 or self.dense_steps < 0:
+        if min(self.steps, self.batch_size, self.checkpoint_every) < 1 or self.dense_steps < 0:
             raise LabError(
-                f"steps={self.steps} and batch_size={self.batch_size} must be 1 or more, "
-                f"dense_steps={self.dense_steps} 0 or more"
+                f"steps={self.steps}, batch_size={self.batch_size} and checkpoint_every="
+                f"{self.checkpoint_every} must be 1 or more, dense_steps={self.dense_steps} >= 0"
             )
         if self.terms not in TERMS:
             raise LabError(f"unknown terms={self.terms!r}; use one of {', '.join(TERMS)}")
@@ -170,7 +172,7 @@ def prune(
     objective = distillation(student, teacher, config)
     mask = Mask.dense(backbone.visual)
     total, rows, begin = mask.total, [], {}
-    tower = {name: p for name, p in student.backbone.named_parameters() if p.requires_grad}
+    _same_run(out, config, backbone)
 
     def stage(folder: Path, first: int, steps: int, seed: int, title: str) -> pd.DataFrame:
         training = TrainConfig(
@@ -202,7 +204,7 @@ def prune(
                     backbone=backbone.name, revision=revision(),
                 )  # fmt: skip
                 if config.rewind:
-                    _restore(tower, begin)
+                    _restore(backbone.visual.state_dict(), begin)  # BN statistics, too
                 mask.apply(student)
                 mask.save(folder / "mask.safetensors")
                 rows.append(_row(k, mask, history))
@@ -213,7 +215,7 @@ def prune(
             if k > 1:
                 (out / f"round_{k - 1:02d}" / "student.safetensors").unlink(missing_ok=True)
         if k == 0 and config.rewind:
-            begin = {name: p.detach().clone() for name, p in tower.items()}
+            begin = {k: v.clone() for k, v in backbone.visual.state_dict().items()}
     return mask, pd.DataFrame(rows)
 
 
@@ -222,9 +224,23 @@ def _loss_name(config: PruneConfig) -> str:
 
 
 @torch.no_grad()
-def _restore(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+def _restore(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
+
+
+def _same_run(out: Path, config: PruneConfig, backbone: Backbone) -> None:
+    """Refuse a folder that holds rounds of other parameters; write down those of this run."""
+    about = config.params | {"backbone": backbone.name, "channels": list(backbone.channels)}
+    path = out / "config.json"
+    if path.exists() and (was := json.loads(path.read_text())) != about:
+        other = next(key for key in about if was.get(key) != about[key])
+        raise LabError(
+            f"{out} holds a run with {other}={was.get(other)!r}, not {about[other]!r}; name "
+            "another folder, or remove this one"
+        )
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(about, indent=2))
 
 
 def _save(student: Student, path: Path) -> None:

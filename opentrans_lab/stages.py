@@ -138,7 +138,7 @@ def row_start(lab: Lab, row: str, config: PruneConfig) -> tuple[Backbone, Mask |
     if row == "ours":
         return ours.backbone(lab), mask
     if row in TRAINED:
-        budget = config.rounds * config.steps
+        budget = config.dense_steps + config.rounds * config.steps
 
         def work(folder: Path) -> dict:
             distill(

@@ -20,11 +20,14 @@ from .errors import LabError
 SPARSE = "opentrans-sparse-1"
 
 
-def read_state_dict(path: str | Path, prefix: str = "", inside: str = "") -> dict[str, Tensor]:
+def read_state_dict(
+    path: str | Path, prefix: str = "", inside: str = "", jit: bool = False
+) -> dict[str, Tensor]:
     """The named tensors of a file, on the CPU, in the file's dtypes and order.
 
     Reads safetensors (those of ``sparse.save_sparse`` too), pickles of plain tensors
-    (``weights_only``, so no code of theirs runs) and TorchScript archives such as OpenAI's. Nested
+    (``weights_only``, so no code of theirs runs) and, told to by `jit`, TorchScript archives, the
+    form of OpenAI's files: loading one may run what is in it, so ask only for a CLIP. Nested
     checkpoints ({"state_dict": …, "step": …}) are opened, at the key `inside` if they have it, else
     down to the first level with matrices, and there the part with most of them; what is no tensor
     is left out, and a ``module.`` prefix is dropped. With `prefix` only the keys below it are kept,
@@ -37,7 +40,9 @@ def read_state_dict(path: str | Path, prefix: str = "", inside: str = "") -> dic
     if not path.is_file():
         raise LabError(f"{path} does not exist; give a .safetensors or .pt file")
     try:
-        state = _read(path)
+        state = _read(path, jit)
+    except LabError:
+        raise
     except Exception as error:  # readers raise whatever the broken bytes lead to
         raise LabError(
             f"{path} cannot be read as weights ({type(error).__name__}); it is damaged or holds "
@@ -78,6 +83,8 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The bool tensor of ``shape`` that :func:`pack_bits` packed."""
+    if len(packed) != -(-math.prod(shape) // 8):
+        raise ValueError(f"{len(packed)} bytes for a shape of {list(shape)}")
     bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
     return torch.from_numpy(bits.view(bool)).view(*shape)
 
@@ -95,9 +102,13 @@ def _unpack(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path):
+def _read(path: Path, jit: bool):
     if path.suffix == ".safetensors":
         return _unpack(path)
+    if is_jit(path) and not jit:
+        raise LabError(
+            f"{path} is a TorchScript archive, which holds code; save its state dict alone"
+        )
     if is_jit(path):
         with warnings.catch_warnings():  # OpenAI's files have this form, deprecated or not
             warnings.simplefilter("ignore", FutureWarning)

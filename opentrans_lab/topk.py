@@ -33,6 +33,8 @@ def top_k(
     pool = torch.empty(sum(alive), device=tensors[0].device)
     for part, t, m in zip(pool.split(alive), tensors, within, strict=True):
         part.copy_(score(t).flatten() if m is None else score(t).masked_select(m))
+    if pool.isnan().any():
+        raise LabError("the weights hold NaN, which has no rank; load a sound checkpoint")
     threshold = _kth_largest(pool, keep)
     left = keep - int((pool > threshold).sum())  # of those at the threshold, the first so many
     del pool

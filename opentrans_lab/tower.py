@@ -75,6 +75,11 @@ def locate(
             wrong = f"{prefix + name!r}{ours} is {theirs} in the model"
     match = Match(prefix, found, len(shapes))
     if shapes and (not found or (wrong and not partial)):
+        if any(f"{key}_orig" in state for key in (prefix + name for name in shapes)):
+            raise LabError(
+                "this model is pruned by torch.nn.utils.prune (it has 'weight_orig'): make that "
+                "permanent first, with prune.remove(layer, 'weight') for each layer"
+            )
         remedy = "partial=True takes what matches" if found else "name the prefix of its tower"
         raise LabError(
             f"{match}: {wrong}; were they named for another backbone? If you mean it, {remedy}"

@@ -52,7 +52,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], bool]:
     Raises:
         LabError: see :func:`read_state_dict`.
     """
-    state = read_state_dict(path)
+    state = read_state_dict(path, jit=True)
     openai = all(key in state for key in OPENAI_KEYS) or is_jit(path)
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     return {k: v for k, v in state.items() if k not in (*OPENAI_KEYS, "attn_mask")}, openai

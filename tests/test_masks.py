@@ -1,17 +1,21 @@
 """Masks: exact counts, nested, zeros that stay, files that round-trip."""
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
+from accelerate import Accelerator
 from open_clip.modified_resnet import ModifiedResNet
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
 
 from opentrans_lab.errors import LabError
-from opentrans_lab.masks import Mask
+from opentrans_lab.masks import FORMAT, Mask
 from opentrans_lab.results import PROJECT
+from opentrans_lab.statedict import pack_bits
 from opentrans_lab.tower import FIRST, prunable
 
 
@@ -301,3 +305,72 @@ def test_the_readmes_five_lines_work_as_they_stand(tower, tmp_path, monkeypatch,
     tower(torch.randn(2, 3, 64, 64)).square().sum().backward()
     space["optimizer"].step()
     assert mask.verify(model)
+
+
+class Archive(nn.Module):
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.weight = str(path), torch.ones(3, 3)
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.path
+
+    @torch.jit.export
+    def __setstate__(self, path: str):
+        self.path, self.weight = path, torch.ones(3, 3)
+        torch.save(torch.ones(1), path)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_an_archive_with_code_is_not_even_opened(tmp_path):
+    torch.jit.script(Archive(tmp_path / "ran")).save(tmp_path / "imp.pth")
+    with pytest.raises(LabError, match="TorchScript archive, which holds code"):
+        Mask.from_authors(tmp_path / "imp.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_has_no_rank_or_other_layers_is_refused(tower):
+    deeper = ModifiedResNet((1, 1, 2, 1), output_dim=16, heads=4, image_size=64, width=8)
+    mask, deep = Mask.random_global(tower, 3000), Mask.random_global(deeper, 3000)
+    for work in (lambda: deep.within(mask), lambda: mask.within(deep), lambda: mask & deep,
+                 lambda: Mask.by_magnitude(tower, 100, within=deep)):  # fmt: skip
+        with pytest.raises(LabError, match="another backbone"):
+            work()
+    tower.conv2.weight.data[0, 0] = float("nan")
+    with pytest.raises(LabError, match="NaN"):
+        Mask.by_magnitude(tower, 100)
+
+
+def test_damaged_masks_are_named(tower, tmp_path):
+    mask = Mask.random_global(tower, 3000)
+    packed = {name: pack_bits(t) for name, t in mask.items()}
+    shapes = {name: list(t.shape) for name, t in mask.items()}
+    for said in ({}, {"shapes": "{"}, {"shapes": json.dumps({"none": [3]})},
+                 {"shapes": json.dumps(shapes | {"conv2.weight": [9, 9, 9, 9]})}):  # fmt: skip
+        save_file(packed, tmp_path / "m.safetensors", metadata=said | {"format": FORMAT})
+        with pytest.raises(LabError, match="m.safetensors is a damaged mask"):
+            Mask.load(tmp_path / "m.safetensors")
+
+
+def test_keep_wants_the_models_own_optimizer_and_takes_accelerates(tower):
+    mask, other = Mask.random_global(tower, 3000), nn.Linear(3, 3)
+    with pytest.raises(LabError, match="none of the tower's weights"):
+        mask.keep(tower, torch.optim.SGD(other.parameters(), 0.1))
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(tower, torch.optim.SGD(tower.parameters(), 0.1))
+    mask.apply(model)
+    mask.keep(model, optimizer)
+    accelerator.backward(model(torch.randn(2, 3, 64, 64)).square().sum())
+    optimizer.step()
+    assert mask.verify(model)
+
+
+def test_a_model_pruned_by_torch_is_told_apart(tower):
+    mask = Mask.random_global(tower, 3000)
+    for name in mask:
+        prune.identity(tower.get_submodule(name.removesuffix(".weight")), "weight")
+    with pytest.raises(LabError, match="prune.remove"):
+        mask.apply(tower)

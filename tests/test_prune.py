@@ -4,7 +4,6 @@ import multiprocessing
 import random
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -39,7 +38,7 @@ TINY = {
     "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64},
 }
 CONFIG = PruneConfig(density=0.5, p=0.2, steps=2, batch_size=3, lr=1e-3)
-KILLED = PruneConfig(density=0.7, p=0.11, steps=6, batch_size=2, lr=1e-3, checkpoint_every=1)
+KILLED = PruneConfig(density=0.3, p=0.11, steps=4, batch_size=2, lr=1e-3, checkpoint_every=1)
 
 
 def backbone():
@@ -102,37 +101,55 @@ def test_interrupted_anywhere_equals_uninterrupted(tmp_path, stop):
     assert all(torch.equal(v, state[k]) for k, v in resumed.visual.state_dict().items())
 
 
-def worker(out: str) -> None:
+def worker(out: str, drawn: str) -> None:
     torch.set_num_threads(1)
-    began, tower = time.monotonic(), backbone()
-    prune(tower, batches, KILLED, out, "cpu")
+
+    def watched(start):
+        for batch in batches(start):
+            with open(drawn, "ab") as file:
+                file.write(b".")
+            yield batch
+
+    tower = backbone()
+    prune(tower, watched, KILLED, out, "cpu")
     torch.save(tower.visual.state_dict(), f"{out}/done.pt")
-    Path(out, "seconds").write_text(str(time.monotonic() - began))
 
 
 def test_killed_ten_times_equals_uninterrupted(tmp_path):
     """SIGKILL at random moments, within rounds and between them: real processes, real files."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["opentrans_lab.prune", "opentrans_lab.scenes"])
+    drawn = tmp_path / "drawn"  # a byte a batch
 
-    def run(name: str, seconds: float | None = None) -> bool:
-        """Whether the process was still at work when it was killed."""
-        process = context.Process(target=worker, args=(str(tmp_path / name),))
+    def run(name: str, steps: int | None = None, seconds: float = 0) -> int:
+        """Start, let it draw ``steps`` batches and work on a little, kill: the exit code."""
+        drawn.write_bytes(b"")
+        process = context.Process(target=worker, args=(str(tmp_path / name), str(drawn)))
         process.start()
-        process.join(seconds)
-        alive = process.is_alive()
+        while steps is not None and drawn.stat().st_size < steps and process.is_alive():
+            time.sleep(0.001)
+        process.join(seconds if steps is not None else None)
         process.kill()
         process.join()
-        return alive
+        return process.exitcode
 
-    run("whole")
-    whole, moments = float((tmp_path / "whole/seconds").read_text()), random.Random(0)
-    assert sum(run("cut", moments.uniform(0.05, 0.25) * whole) for _ in range(10)) >= 5
-    run("cut")
+    assert run("whole") == 0
+    moments, rounds = random.Random(0), set()
+    for _ in range(10):
+        assert run("cut", moments.randint(1, 4), moments.uniform(0, 0.1)) == -9  # it was at work
+        rounds.add(len(list((tmp_path / "cut").glob("round_*/history.csv"))))
+    assert len(rounds) >= 3, f"all kills fell into few rounds: {rounds}"
+    assert run("cut") == 0
     last = f"round_{KILLED.rounds:02d}/mask.safetensors"
     assert Mask.load(tmp_path / "whole" / last) == Mask.load(tmp_path / "cut" / last)
     states = [torch.load(tmp_path / n / "done.pt", weights_only=True) for n in ("whole", "cut")]
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    prune(backbone(), batches, CONFIG, tmp_path, "cpu")
+    with pytest.raises(LabError, match=r"holds a run with p=0.2, not 0.3"):
+        prune(backbone(), batches, replace(CONFIG, p=0.3), tmp_path, "cpu")
 
 
 def test_two_seeds_two_masks(tmp_path):
@@ -171,6 +188,7 @@ def test_rewinding_puts_the_survivors_back(tmp_path):
     mask, _ = prune(tower, batches, replace(CONFIG, rewind=True), tmp_path, "cpu")
     for name, weight in prunable(tower.visual).items():
         assert torch.equal(weight, dense[name] * mask[name])
+    assert torch.equal(tower.visual.bn1.running_mean, backbone().visual.bn1.running_mean)
     later = backbone()
     config = replace(CONFIG, rewind=True, dense_steps=2)
     mask, _ = prune(later, batches, config, tmp_path / "later", "cpu")
