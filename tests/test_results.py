@@ -205,3 +205,14 @@ def test_the_readmes_ablation_is_what_the_published_runs_say(monkeypatch, tmp_pa
         for row, cell in zip(("ours", "ours_mask_only"), cells, strict=True):
             seen, unseen = (table.loc[terms, f"metrics.miou.{row}.{s}"] for s in ("seen", "unseen"))
             assert cell == f"{seen:.1f} / {unseen:.1f}"
+
+
+def test_the_readmes_latencies_are_what_the_published_run_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
+    monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
+    (run,) = collect("02_prune_imp").to_dict("records")
+    said = next(x for x in (PROJECT / "README.md").read_text().splitlines() if "real time?" in x)
+    gains = [v for k, v in run.items() if k.startswith("metrics.speedup_of_zeros.")]
+    onnx, disk = run["metrics.over_torch.ONNX Runtime"], run["metrics.disk_ratio_float32"]
+    assert len(gains) == 4 and all(f" {gain:.2f}" in said for gain in gains)
+    assert f"{disk:.1f} times smaller" in said and f"{onnx:.1f} times faster" in said
