@@ -230,8 +230,12 @@ def test_mask_commands_describe_apply_and_convert(command, tmp_path, mask_files)
     [
         (("info", "none.safetensors"), "none.safetensors"),
         (("info", "full.pth"), "layer1.0.conv1.weight_mask"),
-        (("apply", "m.safetensors", "full.pth", "--prefix", "head", "--out", "x"), "under 'head.'"),
-        (("apply", "m.safetensors", "none.pt", "--out", "x"), "none.pt does not exist"),
+        (
+            ("apply", "m.safetensors", "full.pth", "--prefix", "head", "--out", "x.safetensors"),
+            "under 'head.'",
+        ),
+        (("apply", "m.safetensors", "none.pt", "--out", "x.safetensors"), "none.pt does not exist"),
+        (("apply", "m.safetensors", "full.pth", "--out", "x.pth"), "must end in .safetensors"),
         (("convert", "m.safetensors", "x.pth"), "--checkpoint"),
     ],
 )
