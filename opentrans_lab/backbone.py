@@ -95,6 +95,11 @@ class Backbone(nn.Module):
         device = self.visual.conv1.weight.device
         return self._text(names, self.templates if templates is None else templates, device)
 
+    @property
+    def logit_scale(self) -> Tensor:
+        """What CLIP multiplies cosines of pictures and texts with: a scalar, at most 100."""
+        return self._text.clip.logit_scale.detach().exp().clamp(max=100)
+
 
 def trunk(visual: ModifiedResNet, images: Tensor) -> list[Tensor]:
     """The four feature maps of ``images`` (B, 3, H, W) in [0, 1], CLIP's normalisation included.

@@ -184,8 +184,6 @@ def _weights(about: dict) -> str:
 
 
 def _checked(class_names: ClassNames) -> tuple[str, ...]:
-    if isinstance(class_names, str) or not len(class_names):
-        raise LabError(f"class names must be a list with at least one name, got {class_names!r}")
     flat, _ = flat_names(class_names)
     twice = sorted({name for name in flat if flat.count(name) > 1})
     if twice:

@@ -233,3 +233,29 @@ def alpha_flow(tables: Mapping[str, pd.DataFrame]) -> Figure:
     _plain_log(axes[1].xaxis, (1, 1.5, 2, 3, 5, 7))
     axes[1].get_legend().set_title("")
     return fig
+
+
+def transfer(found: pd.DataFrame, scores: Sequence[str]) -> Figure:
+    """Bars of mIoU (%) a row of the transfer table, a panel a setting, with 95 % intervals.
+
+    Args:
+        found: what ``results.summary`` gives by ``row``; intervals where it has ``<score> ±``.
+    """
+    settings = [name for name in found.index.names if name != "row"]
+    panels = list(found.groupby(level=settings, sort=False)) if settings else [((), found)]
+    fig, axes = plt.subplots(
+        len(panels), 1, figsize=(11, 2.9 * len(panels)), squeeze=False, sharex=False
+    )
+    for axis, (values, lines) in zip(axes[:, 0], panels, strict=True):
+        lines, wide = lines.droplevel(settings), 0.8 / len(scores)
+        for k, score in enumerate(scores):
+            place = np.arange(len(lines)) + (k - (len(scores) - 1) / 2) * wide
+            doubt = lines[f"{score} ±"] if f"{score} ±" in lines else None
+            axis.bar(place, lines[score], wide, yerr=doubt, label=score, error_kw={"lw": 1})
+        axis.set_xticks(range(len(lines)), lines.index, rotation=12)
+        named = zip(settings, np.atleast_1d(values), strict=True) if settings else ()
+        words = [f"{name.removeprefix('parameters.')} {value}" for name, value in named]
+        seeds = f"{lines['n'].min()} to {lines['n'].max()} seeds"
+        axis.set(title=", ".join([*words, seeds]), ylabel="mIoU (%)")
+    axes[0, 0].legend()
+    return fig

@@ -171,10 +171,14 @@ class Run:
     def save(self, metrics: dict, **tables: pd.DataFrame) -> None:
         """Write each table as ``<name>.csv`` and then ``metrics.json``, which ends the run.
 
+        A table without columns says nothing and is not written.
+
         Args:
             metrics: names to numbers (also 0-d tensors; NaN becomes null), texts, lists, dicts.
         """
         for name, table in tables.items():
+            if not len(table.columns):
+                continue
             with atomic_path(self.dir / f"{name}.csv") as tmp:
                 table.to_csv(tmp, index=not isinstance(table.index, pd.RangeIndex))
         record = {
@@ -256,13 +260,19 @@ def collect(notebook: str | None = None) -> pd.DataFrame:
 
 
 def summary(
-    notebook: str, table: str, by: list[str], values: list[str], **parameters
+    notebook: str,
+    table: str,
+    by: list[str],
+    values: list[str],
+    mine: tuple[dict, pd.DataFrame] | None = None,
+    **parameters,
 ) -> pd.DataFrame:
     """``<table>.csv`` of all finished runs of a notebook, reduced over their seeds.
 
     Args:
         by: columns of the table that tell lines apart.
         values: columns to average; those that no run has are left out.
+        mine: parameters and table of a run that is not saved yet, to count as well.
         parameters: only runs with these values.
 
     Returns:
@@ -271,15 +281,18 @@ def summary(
         seeds and, from two seeds on, ``<value> ±``, the half-width of a 95 % interval
         (Student's t). Empty where nothing has run.
     """
+    found = {
+        run_key(record["parameters"]): (record["parameters"], pd.read_csv(folder / f"{table}.csv"))
+        for folder, record in records(notebook)
+        if (folder / f"{table}.csv").exists()
+    }
+    if mine:
+        found[run_key(mine[0])] = mine
     parts = []
-    for folder, record in records(notebook):
-        own = record["parameters"]
-        if (
-            all(own.get(k) == v for k, v in parameters.items())
-            and (folder / f"{table}.csv").exists()
-        ):
+    for own, lines in found.values():
+        if all(own.get(k) == v for k, v in parameters.items()):
             about = {f"parameters.{k}": v for k, v in own.items() if k not in ("seed", "device")}
-            parts.append(pd.read_csv(folder / f"{table}.csv").assign(**about, seed=own.get("seed")))
+            parts.append(lines.assign(**about, seed=own.get("seed")))
     if not parts:
         return pd.DataFrame(columns=["n", *values])
     lines = pd.concat(parts, ignore_index=True)

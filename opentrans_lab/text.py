@@ -50,8 +50,10 @@ def flat_names(class_names: ClassNames) -> tuple[tuple[str, ...], list[int]]:
     """(all names in a row, how many each class has).
 
     Raises:
-        LabError: a class without a name.
+        LabError: no class, a bare string instead of a list of names, or a class without a name.
     """
+    if isinstance(class_names, str) or not len(class_names):
+        raise LabError(f"class names must be a list with at least one name, got {class_names!r}")
     groups = [(c,) if isinstance(c, str) else tuple(c) for c in class_names]
     if () in groups:
         raise LabError(f"class {groups.index(())} has no name; give each class at least one")

@@ -114,6 +114,27 @@ def test_output_stride_changes_resolution_and_nothing_else():
         set_output_stride(coarse.backbone.visual, 8)
 
 
+def test_the_plus_decoder_is_finer_and_sees_the_early_map():
+    """DeepLabV3+: embeddings at stride 4, gradients into both maps, the same scores' contract."""
+    model, images = model_of("deeplabv3", decoder="plus"), batch()["images"]
+    embeddings = model(images)
+    assert embeddings.shape[-2:] == (32, 32)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2, 32, 32))
+    plain = set(model_of("deeplabv3").state_dict())
+    new = set(model.state_dict()) - plain
+    assert not plain - set(model.state_dict()) and {k.split(".")[0] for k in new} == {
+        "low", "refine"
+    }  # fmt: skip
+    model.loss(embeddings, batch())["loss"].backward()
+    assert all(
+        p.grad.abs().sum() > 0 for p in (*model.low.parameters(), *model.refine.parameters())
+    )
+    paper = build("deeplabv3", load_backbone("mini", device="cpu"), "paper", decoder="plus")
+    assert paper.low[0].out_channels == 48 and paper.refine[0][0].in_channels == 256 + 48
+    with pytest.raises(LabError, match="decoder='minus'"):
+        model_of("deeplabv3", decoder="minus")
+
+
 def test_dilation_reads_what_striding_reads():
     """A dilated block at the even cells of a map equals the plain block on those cells alone."""
     visual, dilated = (load_backbone("mini", device="cpu").visual for _ in range(2))
@@ -138,6 +159,15 @@ def test_pixel_embeddings_are_classified_by_cosine():
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2, 8, 8))
     text = model.backbone.text(VOCABULARY)
     torch.testing.assert_close(scores[1, 3, 2, 5], embeddings[1, :, 2, 5] @ text[3])
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [((), "at least one name"), ("grass", "list"), (("grass", ()), "class 1 has no name")],
+)
+def test_a_vocabulary_that_is_none_is_refused(model, names, sentence):
+    with torch.no_grad(), pytest.raises(LabError, match=sentence):
+        model.eval().scores(batch()["images"], names)
 
 
 def test_unknown_words_are_refused():

@@ -172,6 +172,21 @@ def test_summary_averages_seeds_and_never_different_experiments(runs):
     assert summary("05_none", "selection", ["select"], ["seen"]).empty
 
 
+def test_a_run_that_is_not_saved_yet_counts_once(runs):
+    table = pd.DataFrame({"row": ["ours"], "seen": [20.0]})
+    for seed, framework in ((0, "han"), (1, "han"), (0, "fcclip")):
+        run = Run("03_toy", {"seed": seed, "framework": framework})
+        run.save({}, transfer=table.assign(seen=20.0 + seed), none=pd.DataFrame())
+        assert not (run.dir / "none.csv").exists()  # a table without columns
+    mine = ({"seed": 2, "framework": "han"}, table.assign(seen=30.0))
+    found = summary("03_toy", "transfer", ["row"], ["seen"], mine=mine)
+    assert found["n"].to_dict() == {("han", "ours"): 3, ("fcclip", "ours"): 1}
+    assert found.loc[("han", "ours"), "seen"] == pytest.approx((20 + 21 + 30) / 3)
+    again = ({"seed": 1, "framework": "han"}, table.assign(seen=99.0))  # goes before the saved one
+    found = summary("03_toy", "transfer", ["row"], ["seen"], mine=again, framework="han")
+    assert found.loc["ours", "seen"] == pytest.approx((20 + 99) / 2)
+
+
 def test_published_runs_are_small_and_found_beside_the_own_ones(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENTRANS_RESULTS", str(tmp_path / "results"))
     for seed in (0, 1):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.ops import Conv2dNormActivation
 
 from ..backbone import Backbone
 from ..errors import LabError
@@ -25,14 +26,17 @@ class Preset:
     """Of each ASPP branch and of its output."""
     rates: tuple[int, ...]
     """Dilations of ASPP's 3x3 branches, in cells of the output stride."""
+    low_channels: int
+    """To which DeepLabV3+ reduces the map at stride 4."""
     loss_stride: int
     """The loss reads every n-th pixel in both directions (1: all)."""
 
 
 PRESETS = {
-    "paper": Preset(channels=256, rates=(6, 12, 18), loss_stride=1),
-    "mini": Preset(channels=128, rates=(1, 2, 3), loss_stride=4),
+    "paper": Preset(channels=256, rates=(6, 12, 18), low_channels=48, loss_stride=1),
+    "mini": Preset(channels=128, rates=(1, 2, 3), low_channels=24, loss_stride=4),
 }
+DECODERS = ("none", "plus")
 
 
 class DeepLabV3(nn.Module):
@@ -43,23 +47,49 @@ class DeepLabV3(nn.Module):
             on the path and is frozen.
         preset: ``"paper"`` or ``"mini"``, the same classes at another width.
         output_stride: 16 (layer 4 dilated) or 32 (CLIP's own).
+        decoder: ``"plus"`` is DeepLabV3+'s, which joins ASPP's output with the map at stride 4 (the
+            authors' code); ``"none"`` is DeepLabV3 (the paper's name for it).
     """
 
-    def __init__(self, backbone: Backbone, preset: str = "paper", output_stride: int = 16) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        preset: str = "paper",
+        output_stride: int = 16,
+        decoder: str = "none",
+    ) -> None:
         super().__init__()
         if preset not in PRESETS:
             raise LabError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
+        if decoder not in DECODERS:
+            raise LabError(f"unknown decoder={decoder!r}; use one of {', '.join(DECODERS)}")
         self.preset = PRESETS[preset]
         self.backbone = backbone
         set_output_stride(backbone.visual, output_stride)
         backbone.visual.attnpool.requires_grad_(False)
-        self.aspp = ASPP(backbone.channels[-1], list(self.preset.rates), self.preset.channels)
-        self.project = nn.Conv2d(self.preset.channels, backbone.embed_dim, 1)
+        width, low = self.preset.channels, self.preset.low_channels
+        self.aspp = ASPP(backbone.channels[-1], list(self.preset.rates), width)
+        self.low = self.refine = None
+        if decoder == "plus":
+            self.low = Conv2dNormActivation(backbone.channels[0], low, 1)
+            self.refine = nn.Sequential(
+                Conv2dNormActivation(width + low, width), Conv2dNormActivation(width, width)
+            )
+        self.project = nn.Conv2d(width, backbone.embed_dim, 1)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> unit pixel embeddings (B, D, h, w)."""
-        return F.normalize(self.project(self.aspp(self.backbone(images)[-1])).float(), dim=1)
+        """images (B, 3, H, W) in [0, 1] -> unit pixel embeddings (B, D, h, w), float32.
+
+        One a output stride, or with DeepLabV3+'s decoder one a 4 x 4 pixels.
+        """
+        maps = self.backbone(images)
+        x = self.aspp(maps[-1])
+        if self.refine is not None:
+            low = self.low(maps[0])
+            x = F.interpolate(x, low.shape[-2:], mode="bilinear", align_corners=False)
+            x = self.refine(torch.cat([x, low], dim=1))
+        return F.normalize(self.project(x).float(), dim=1)
 
     def logits(self, embeddings: Tensor, class_names: ClassNames) -> Tensor:
         """(B, D, h, w) x (C, D) -> (B, C, h, w), scaled cosines (of a class's best name)."""
@@ -81,7 +111,7 @@ class DeepLabV3(nn.Module):
         return {"loss": F.cross_entropy(logits.float(), labels, ignore_index=IGNORE)}
 
     def scores(self, images: Tensor, class_names: ClassNames) -> Tensor:
-        """Class scores (B, C, h, w) for any vocabulary, about one a output stride.
+        """Class scores (B, C, h, w) for any vocabulary, as dense as ``forward``'s embeddings.
 
         They cover the whole picture: sides that are no multiple of 32, which the trunk would cut
         short, are padded with grey, and the scores are read off the true extent.

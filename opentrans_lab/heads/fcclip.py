@@ -44,6 +44,12 @@ class FCCLIP(MaskFramework):
             ``loss`` sees in training mode; they are saved with the weights.
     """
 
+    PARTS = {
+        "head": {"seen_exponent": 0.0, "unseen_exponent": 0.0},
+        "CLIP": {"seen_exponent": 1.0, "unseen_exponent": 1.0},
+    }
+    """Which exponents leave one classifier alone."""
+
     def __init__(
         self,
         backbone: Backbone,
@@ -67,7 +73,7 @@ class FCCLIP(MaskFramework):
         if clip == "frozen":
             backbone.requires_grad_(False).eval()
         self._learns_names = seen_names is None
-        self.seen_names = frozenset(flat_names(seen_names or ())[0])
+        self.seen_names = frozenset(flat_names(seen_names)[0] if seen_names else ())
 
     def train(self, mode: bool = True) -> FCCLIP:
         super().train(mode)
@@ -138,7 +144,7 @@ class FCCLIP(MaskFramework):
             masks = outputs["masks"][-1].float()
             masks = F.interpolate(masks, x.shape[-2:], mode="bilinear", align_corners=False) > 0
             pooled = F.normalize(attention_pool(self.backbone.visual.attnpool, x, masks), dim=-1)
-            scale = self.backbone._text.clip.logit_scale.exp().clamp(max=100).to(x.device)
+            scale = self.backbone.logit_scale.to(x.device)
             cosine = pooled @ self.backbone.text(names).to(x.device).T  # (B, Q, N)
         return best_name(cosine * scale, sizes, dim=-1), masks.flatten(2).any(-1)
 
