@@ -72,6 +72,7 @@ class Scenes(Dataset):
         kept = seen if self.pool == "seen" else torch.ones_like(seen)
         self.names = tuple(n for n, k in zip(scenes.CLASSES, kept.tolist(), strict=True) if k)
         self.seen = seen[kept]
+        self.things = (torch.arange(len(seen)) < len(scenes.THINGS))[kept]
         self.ids = torch.where(kept, kept.cumsum(0) - 1, IGNORE)  # index into CLASSES -> class id
         amount = "endless" if self.endless else f"{self.length} images"
         self.title = f"mini lab scenes ({split}, {amount})"

@@ -49,6 +49,7 @@ class CocoPanoptic(FileDataset):
         classes = read_class_names("coco")
         self.names = tuple(row["prompts"].split("|")[0] for row in classes)
         self.seen = torch.ones(len(classes), dtype=torch.bool)
+        self.things = torch.tensor([row["kind"] == "thing" for row in classes])
         images, labels, tables = _read_panoptic(index, {int(r["label"]): r for r in classes}, limit)
         self.images = _present(root / f"{split}2017", images, index)
         self.labels = _present(pngs, labels, index)
@@ -135,6 +136,7 @@ class Folder(FileDataset):
         self.root = root
         self.names, self.values = _read_classes(root / "classes.csv")
         self.seen = torch.ones(len(self.names), dtype=torch.bool)
+        self.things = torch.zeros(len(self.names), dtype=torch.bool)
         found = [
             path
             for path in sorted((root / "images" / split).iterdir())

@@ -46,6 +46,7 @@ class Dataset:
     title: str  # for tables: which data, which split, how many images
     names: tuple[str, ...]  # one prompt a class
     seen: Tensor  # (C,) bool: may this class appear in segmentation training?
+    things: Tensor  # (C,) bool: countable? All False where nothing tells things from stuff
     size: int | None
     length: int
 

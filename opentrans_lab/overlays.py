@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,12 +24,16 @@ def colour(name: str) -> tuple[float, float, float]:
 
 
 def overlay(
-    image: Tensor, labels: Tensor, names: Sequence[str], opacity: float = 0.65
+    image: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    opacity: float = 0.65,
+    segments: Tensor | None = None,
 ) -> np.ndarray:
     """The picture with its label map laid over it: (H, W, 3) float in [0, 1].
 
     image (3, h, w) in [0, 1], brought to the labels' size; labels (H, W) int64, ignored pixels
-    keep the picture.
+    keep the picture. ``segments`` (H, W) are parted by white lines, also two of one class.
     """
     image = F.interpolate(image[None].float(), labels.shape[-2:], mode="bilinear")[0]
     picture = image.permute(1, 2, 0).cpu().numpy()
@@ -37,7 +41,18 @@ def overlay(
     palette = np.array([colour(name) for name in names] + [(0.0, 0.0, 0.0)])
     shown = np.where(labels == IGNORE, len(names), labels)
     mixed = (1 - opacity) * picture + opacity * palette[shown]
-    return np.where((labels == IGNORE)[..., None], picture, mixed)
+    mixed = np.where((labels == IGNORE)[..., None], picture, mixed)
+    if segments is not None:
+        mixed[borders(segments.cpu().numpy())] = 1.0
+    return mixed
+
+
+def borders(segments: np.ndarray) -> np.ndarray:
+    """Pixels (H, W) bool whose right or lower neighbour belongs to another segment."""
+    edge = np.zeros(segments.shape, dtype=bool)
+    edge[:, :-1] |= segments[:, :-1] != segments[:, 1:]
+    edge[:-1] |= segments[:-1] != segments[1:]
+    return edge
 
 
 def compare(
@@ -46,10 +61,12 @@ def compare(
     names: Sequence[str],
     titles: Sequence[str] = (),
     most: int = 6,
+    segments: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Figure:
     """A row an image: the picture, then one overlay for each column of label maps.
 
-    The legend beside a row names the classes that cover most of its maps.
+    ``segments`` holds, for columns that have them, each picture's segments to part by lines. The
+    legend beside a row names the classes that cover most of its maps.
     """
     rows, wide = len(images), len(columns) + 1
     fig, axes = plt.subplots(
@@ -59,7 +76,8 @@ def compare(
     for row, image in enumerate(images):
         axes[row, 0].imshow(image.permute(1, 2, 0).cpu().numpy())
         for column, (title, maps) in enumerate(columns.items(), 1):
-            axes[row, column].imshow(overlay(image, maps[row], names))
+            parted = segments[title][row] if segments and title in segments else None
+            axes[row, column].imshow(overlay(image, maps[row], names, segments=parted))
             if row == 0:
                 axes[row, column].set_title(title, fontsize=10)
         shown = np.concatenate([maps[row].cpu().numpy().ravel() for maps in columns.values()])

@@ -482,3 +482,11 @@ def test_class_lists_are_plain_tables():
             rows = list(csv.reader(file))
         assert rows[0] == ["id", "name", "prompts", "kind", "label"]
         assert all(len(r) == 5 and all(r) and r[3] in ("thing", "stuff") for r in rows[1:])
+
+
+def test_things_and_grounds_of_every_split():
+    for split in ("train", "val", "shifted"):
+        data = load_dataset("scenes", split, limit=2)
+        assert [n for n, t in zip(data.names, data.things, strict=True) if not t] == list(
+            scenes.STUFF
+        )

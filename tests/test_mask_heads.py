@@ -17,7 +17,7 @@ from opentrans_lab.counter import meta_backbone
 from opentrans_lab.errors import LabError
 from opentrans_lab.heads.fcclip import FCCLIP, attention_pool
 from opentrans_lab.heads.han import KD_WEIGHT, Han
-from opentrans_lab.heads.inference import cut, merge, pad
+from opentrans_lab.heads.inference import cut, merge, pad, segment_classes
 from opentrans_lab.heads.mask2former import regions
 from opentrans_lab.losses import crop_regions, kd_loss
 from opentrans_lab.masks import Mask
@@ -511,6 +511,8 @@ def test_panoptic_by_hand():
     assert [(s["id"], s["class"], round(s["score"], 2)) for s in segments] == [
         (0, 0, 0.99), (1, 2, 0.95), (2, 1, 0.9),
     ]  # fmt: skip
+    shown = segment_classes(result, segments)
+    assert torch.equal(shown, torch.tensor([0, 2, 1, scenes.IGNORE])[expected])
     apart, segments = merge(classes, masks, [True, True, True], (8, 8))
     assert len(segments) == 4 and apart.max() == 3  # two pieces of a thing are two
     larger, _ = merge(classes, masks, [True, True, False], (16, 16))

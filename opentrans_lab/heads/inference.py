@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import GREY
+from ..scenes import IGNORE
 
 STRIDE = 32  # of the coarsest map
 
@@ -29,6 +30,12 @@ def cut(maps: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
     part = maps.new_tensor([[x, 0, x - 1], [0, y, y - 1]]).expand(len(maps), 2, 3)
     grid = F.affine_grid(part, shape, align_corners=False)
     return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+
+
+def segment_classes(segments: Tensor, found: list[dict]) -> Tensor:
+    """Class of each pixel (H, W) int64 for what ``merge`` gives, IGNORE for those of no segment."""
+    table = segments.new_tensor([*(segment["class"] for segment in found), IGNORE])
+    return table[segments]  # -1 is the last
 
 
 def merge(
