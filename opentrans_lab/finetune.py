@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 
 import pandas as pd
+import torch
 from torch import nn
 
 from .errors import LabError
-from .tower import locate
+from .tower import FIRST, locate
 
 SELECTIONS = ("none", "low_alpha", "high_alpha", "random")
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
+_FUSED = {"in_proj": "_weight", "qkv": ".weight"}  # one tensor of q, k and v; a spectrum each
 
 
 def select_layers(
@@ -22,7 +26,7 @@ def select_layers(
     ``low_alpha`` freezes the heavy-tailed, well-trained ones (the paper's "alpha"),
     ``high_alpha`` the others ("alpha*"), ``random`` as many at random, ``none`` nothing.
     floor(fraction · layers) are chosen: 27 of RN50's 55, as in the authors' code. Layers whose
-    alpha is NaN are never chosen and do not count.
+    alpha is NaN are never chosen and do not count; a warning names them.
 
     Args:
         alphas: columns ``name`` and ``alpha``, as ``layer_alphas`` gives them.
@@ -34,10 +38,17 @@ def select_layers(
         raise LabError(f"unknown select={select!r}; use one of {', '.join(SELECTIONS)}")
     if not 0 <= fraction <= 1:
         raise LabError(f"fraction={fraction} must lie between 0 and 1")
-    fitted = alphas.dropna(subset="alpha")
-    count = int(fraction * len(fitted))
     if select == "none":
         return []
+    lost = list(alphas.loc[alphas["alpha"].isna(), "name"])
+    if lost:
+        warnings.warn(
+            f"{len(lost)} layers have no alpha and stay trainable: {', '.join(lost[:5])}"
+            + (", …" if len(lost) > 5 else ""),
+            stacklevel=2,
+        )
+    fitted = alphas.dropna(subset="alpha")
+    count = int(fraction * len(fitted))
     if select == "random":
         chosen = random.Random(seed).sample(list(fitted["name"]), count)
     else:
@@ -47,20 +58,135 @@ def select_layers(
     return [name for name in fitted["name"] if name in chosen]
 
 
-def freeze(model: nn.Module, names: Iterable[str]) -> int:
+def leading_stages(alphas: pd.DataFrame, frozen: Iterable[str]) -> list[str]:
+    """The leading stages of a CLIP ResNet of which at least half of the layers are ``frozen``.
+
+    So far does a selection allow to freeze whole stages from the pictures on, which is what makes
+    a step faster: backward stops there.
+    """
+    frozen, found = set(frozen), []
+    for stage in STAGES:
+        layers = [name for name in alphas["name"] if _stage(name) == stage]
+        if not layers or 2 * len(frozen.intersection(layers)) < len(layers):
+            break
+        found.append(stage)
+    return found
+
+
+def freeze(model: nn.Module, names: Iterable[str], norm: bool = False) -> int:
     """Stop training the weights of these layers; returns how many weights that freezes.
 
-    The tower is found in any nested module. Gradients are never computed, so AdamW neither moves
-    nor decays them: they stay bit-identical. BN stays trainable, as in the authors' code.
+    The tower is found in any nested module. Gradients are never computed, so an optimiser neither
+    moves nor decays them: they stay bit-identical. q, k and v of a fused attention are one tensor,
+    which is frozen if all three are named; else a warning says that it is not.
+
+    Args:
+        names: of layers, as ``layer_alphas`` gives them.
+        norm: also the batch normalisation behind each convolution, running statistics included.
+            The authors' code, and so the default, leaves it trainable.
+
+    Raises:
+        LabError: a layer that the model does not have.
     """
-    found = locate(model, [f"{name}.weight" for name in names]).tensors
-    for weight in found.values():
-        weight.requires_grad_(False)
-        weight.grad = None
-    return sum(weight.numel() for weight in found.values())
+    found = locate(model, _parameters(names))
+    frozen = list(found.tensors.values())
+    if norm:
+        tower = model.get_submodule(found.prefix.rstrip("."))
+        for name in found.tensors:
+            frozen += _hold(_norm_behind(tower, name.removesuffix(".weight")))
+    return _stop(frozen)
 
 
-def unfreeze(model: nn.Module, names: Iterable[str]) -> None:
-    """Undo ``freeze``."""
-    for weight in locate(model, [f"{name}.weight" for name in names]).tensors.values():
-        weight.requires_grad_(True)
+def freeze_stages(model: nn.Module, stages: Iterable[str]) -> int:
+    """Freeze whole stages of a CLIP ResNet, batch normalisation and its statistics included.
+
+    Where they are the first ones, backward stops behind them. Returns the number of weights.
+
+    Args:
+        stages: of ``STAGES``.
+
+    Raises:
+        LabError: an unknown stage, or no CLIP ResNet in the model.
+    """
+    stages = list(stages)
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise LabError(f"unknown stage {unknown[0]!r}; use some of {', '.join(STAGES)}")
+    found = locate(model, [FIRST, *(f"{stage}.0.conv1.weight" for stage in STAGES[1:])])
+    tower = model.get_submodule(found.prefix.rstrip("."))
+    frozen: list[nn.Parameter] = []
+    for name, module in tower.named_modules():
+        if _stage(name) in stages:
+            frozen += module.parameters(recurse=False)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                _hold(module)
+    return _stop(frozen)
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Undo everything that ``freeze`` and ``freeze_stages`` did: the model trains as before."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if getattr(parameter, "frozen", False):
+                parameter.requires_grad_(True)
+                del parameter.frozen
+        if handle := module.__dict__.pop("_held", None):
+            handle.remove()
+            module.train(model.training)
+
+
+def _stop(parameters: Iterable[nn.Parameter]) -> int:
+    count = 0
+    for parameter in parameters:
+        count += parameter.numel()
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+            parameter.frozen = True  # by us: what was frozen before stays so
+        parameter.grad = None
+    return count
+
+
+def _hold(norm: nn.Module | None) -> Iterator[nn.Parameter]:
+    """Keep a normalisation in eval mode, whatever ``train`` says; its parameters."""
+    if norm is None:
+        return iter(())
+    if "_held" not in norm.__dict__:
+        norm._held = norm.register_forward_pre_hook(_evaluates)
+    return norm.parameters()
+
+
+def _evaluates(module: nn.Module, _: tuple[torch.Tensor, ...]) -> None:
+    module.training = False
+
+
+def _norm_behind(tower: nn.Module, conv: str) -> nn.Module | None:
+    """CLIP's names: bn2 behind conv2, downsample.1 behind downsample.0."""
+    owner, _, last = conv.rpartition(".")
+    after = str(int(last) + 1) if last.isdecimal() else last.replace("conv", "bn")
+    norm = dict(tower.named_modules()).get(f"{owner}.{after}".lstrip("."))
+    return norm if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
+
+
+def _stage(name: str) -> str:
+    first = name.split(".")[0]
+    if first in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"):
+        return "stem"
+    return first
+
+
+def _parameters(names: Iterable[str]) -> list[str]:
+    """Parameter names of layers; those of a fused attention only where it is named whole."""
+    plain, parts = [], {}
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        if last in ("q", "k", "v") and owner.rpartition(".")[2] in _FUSED:
+            parts.setdefault(owner, []).append(last)
+        else:
+            plain.append(f"{name}.weight")
+    if torn := [owner for owner, found in parts.items() if len(found) < 3]:
+        warnings.warn(
+            f"q, k and v of {torn[0]} are one tensor and not all to be frozen: it stays trainable"
+            + (f" (and {len(torn) - 1} more)" if len(torn) > 1 else ""),
+            stacklevel=3,
+        )
+    whole = [owner for owner in parts if owner not in torn]
+    return plain + [owner + _FUSED[owner.rpartition(".")[2]] for owner in whole]

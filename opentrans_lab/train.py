@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -141,6 +142,7 @@ def fit(
     for step in range(start, config.steps):
         if step in actions:
             actions[step](model)
+            wrapped, optimizer = _frozen_apart(accelerator, model, optimizer)
         batch = _to_device(_shard(next(stream), accelerator), accelerator.device)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * config.rate(step)
@@ -188,6 +190,17 @@ def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> t
         lr=config.lr,
         fused=device.type in ("cpu", "cuda"),
     )
+
+
+def _frozen_apart(
+    accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """Forget the optimiser's moments of what no longer trains, and wrap anew what does."""
+    plain = optimizer.optimizer
+    for parameter in [p for p in plain.state if not p.requires_grad]:
+        del plain.state[parameter]
+    accelerator.free_memory()  # several processes would wait for gradients that do not come
+    return accelerator.prepare(model, plain)
 
 
 def _use_bf16(precision: str, device: torch.device) -> bool:
