@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import (
@@ -309,6 +309,35 @@ class MaskCommand:
 
 
 @dataclass
+class DataCommand:
+    """Open every file of a data set: what is there, what is missing, broken or out of range."""
+
+    action: Positional[Literal["check"]]
+    """What to do."""
+    dataset: Positional[str]
+    """coco, cityscapes, ade150, ade847, voc20, voc21, pc59, pc459 or folder."""
+    root: Path | None = None
+    """Its folder, or the one around it (default: OPENTRANS_DATA or DETECTRON2_DATASETS)."""
+    split: str = "val"
+    picture: Path | None = None
+    """Save an overlay of the first four images here (default: data_<dataset>_<split>.png)."""
+
+    def __call__(self) -> int:
+        from .datacheck import check
+
+        picture = self.picture or Path(f"data_{self.dataset}_{self.split}.png")
+        try:
+            found = check(self.dataset, self.split, self.root, picture)
+        except LabError as error:
+            print(f"opentrans-lab: {error}", file=sys.stderr)
+            return 1
+        print(found)
+        if found.images:
+            print(f"  overlay            {picture}")
+        return 0 if found.fine else 1
+
+
+@dataclass
 class MiniClipCommand:
     """Train the mini CLIP from scratch on procedural scenes; resumes where it stopped."""
 
@@ -333,6 +362,7 @@ Command = (
     | Annotated[AlphaCommand, named("alpha")]
     | Annotated[CostCommand, named("cost")]
     | Annotated[MaskCommand, named("mask")]
+    | Annotated[DataCommand, named("data")]
     | Annotated[CampaignCommand, named("campaign")]
     | Annotated[MiniClipCommand, named("mini-clip")]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from . import scenes
+from .benchmarks import BENCHMARKS, BenchmarkFiles
 from .device import pick
 from .errors import LabError
 from .layouts import CocoPanoptic, Folder
@@ -25,6 +27,8 @@ def load_dataset(
     data_root: str | Path | None = None,
     size: int | None = None,
     limit: int | None = None,
+    jitter: bool = False,
+    on_error: str = "raise",
 ) -> Dataset:
     """Open one split of a data set by its key in ``DATASETS``.
 
@@ -32,10 +36,13 @@ def load_dataset(
         split: ``train`` or ``val``; ``scenes`` also has ``shifted``, and ``folder`` has whatever
             folders lie in ``images/``.
         data_root: the data set's folder; else the environment variable OPENTRANS_DATA, for
-            ``coco`` also DETECTRON2_DATASETS.
+            the benchmarks also DETECTRON2_DATASETS.
         size: side of the square training images (default 512, ``scenes`` 128). In evaluation the
             shorter side of the image (default: as it is on disk).
         limit: use the first ``limit`` samples only. Scenes in training are endless without it.
+        jitter: large-scale jitter in training (0.1 to 2 times ``size``); not for ``scenes``.
+        on_error: ``"skip"`` leaves out what cannot be read in evaluation, and lists it in
+            ``.skipped``; ``"raise"`` stops. Training always stops.
 
     Empty values (``None``, 0, ``""``) mean the default.
 
@@ -47,7 +54,11 @@ def load_dataset(
     for name, value in {"size": size, "limit": limit}.items():
         if value and value < 0:
             raise LabError(f"{name}={value} must be positive, or 0 for the default")
-    return DATASETS[dataset](split, data_root or None, size or None, limit or None)
+    if on_error not in ("raise", "skip"):
+        raise LabError(f"unknown on_error={on_error!r}; use 'raise' or 'skip'")
+    data = DATASETS[dataset](split, data_root or None, size or None, limit or None)
+    data.jitter, data.on_error = jitter, on_error
+    return data
 
 
 class Scenes(Dataset):
@@ -71,6 +82,7 @@ class Scenes(Dataset):
         seen = torch.tensor(scenes.SEEN)
         kept = seen if self.pool == "seen" else torch.ones_like(seen)
         self.names = tuple(n for n, k in zip(scenes.CLASSES, kept.tolist(), strict=True) if k)
+        self.prompts = self.names
         self.seen = seen[kept]
         self.things = (torch.arange(len(seen)) < len(scenes.THINGS))[kept]
         self.ids = torch.where(kept, kept.cumsum(0) - 1, IGNORE)  # index into CLASSES -> class id
@@ -109,4 +121,9 @@ class Scenes(Dataset):
             }
 
 
-DATASETS = {"scenes": Scenes, "coco": CocoPanoptic, "folder": Folder}
+DATASETS = {
+    "scenes": Scenes,
+    "coco": CocoPanoptic,
+    **{key: partial(BenchmarkFiles, key) for key in BENCHMARKS},
+    "folder": Folder,
+}

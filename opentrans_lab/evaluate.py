@@ -101,7 +101,7 @@ def evaluate(
         # No inference mode: the model may cache embeddings now and train on them later.
         with bar, torch.no_grad():
             for batch in dataset.batches(batch_size, train=False, device=device):
-                scores = model.scores(batch["images"], dataset.names)  # (B, C, h, w)
+                scores = model.scores(batch["images"], dataset.prompts)  # (B, C, h, w)
                 for row, label in zip(scores, batch["labels"], strict=True):
                     counts += confusion(predict(row, tuple(label.shape)), label, n_classes)
                 bar.update(len(scores))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ class CocoPanoptic(FileDataset):
     ) -> None:
         check_split(split, ("train", "val"), "coco")
         layout = self.LAYOUT.format(split=split)
-        root = _root("coco", data_root, ("OPENTRANS_DATA", "DETECTRON2_DATASETS"), layout)
+        root = find_root("coco", data_root, ("OPENTRANS_DATA", "DETECTRON2_DATASETS"), layout)
         root = root if (root / "annotations").is_dir() else root / "coco"
         folder = f"panoptic_{split}2017"
         index = root / "annotations" / f"{folder}.json"
@@ -47,9 +48,7 @@ class CocoPanoptic(FileDataset):
                 raise LabError(f"{path} is missing: {layout}")
 
         classes = read_class_names("coco")
-        self.names = tuple(row["prompts"].split("|")[0] for row in classes)
-        self.seen = torch.ones(len(classes), dtype=torch.bool)
-        self.things = torch.tensor([row["kind"] == "thing" for row in classes])
+        take_classes(self, classes)
         images, labels, tables = _read_panoptic(index, {int(r["label"]): r for r in classes}, limit)
         self.images = _present(root / f"{split}2017", images, index)
         self.labels = _present(pngs, labels, index)
@@ -116,7 +115,38 @@ def _read_panoptic(
     return images, labels, tables
 
 
-class Folder(FileDataset):
+class LabelFiles(FileDataset):
+    """Labels that are one picture an image, whose values a table turns into classes."""
+
+    table: np.ndarray  # (65536,) int32: label value -> class id, IGNORE or UNKNOWN
+    listing: object  # what lists the values, for errors
+    always_ignored = False  # 255 in 8 bit and 65535 in 16 bit, whatever the table says
+    reader: Callable[[Path], np.ndarray] | None = None  # default: a picture of one channel
+    labels: list[str]
+
+    def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
+        """Each class that is present is one region."""
+        path = Path(self.labels[index])
+        raw = self.reader(path) if self.reader else _one_channel(path)
+        table = self.table
+        if self.always_ignored:
+            table = table.copy()
+            table[255 if raw.dtype.itemsize == 1 else 65535] = IGNORE
+        found = table[raw.astype(np.int32).clip(0, 65535)]
+        if (found == UNKNOWN).any():
+            value = int(raw[found == UNKNOWN][0])
+            raise LabError(f"{path} holds the label value {value}, which {self.listing}")
+        return found, np.arange(len(self.names)), np.ones(len(self.names), dtype=bool), path
+
+
+def _one_channel(path: Path) -> np.ndarray:
+    raw = np.asarray(open_picture(path))
+    if raw.ndim != 2:
+        raise LabError(f"{path} is a colour picture; labels have one channel of class ids")
+    return raw
+
+
+class Folder(LabelFiles):
     """Anyone's own data: ``images/{split}/``, ``labels/{split}/*.png`` and ``classes.csv``.
 
     Labels are pictures of one channel, 8 or 16 bit, that hold the ids of ``classes.csv`` (id,
@@ -129,12 +159,14 @@ class Folder(FileDataset):
     def __init__(
         self, split: str, data_root: str | Path | None, size: int | None, limit: int | None
     ) -> None:
-        root = _root("folder", data_root, ("OPENTRANS_DATA",), self.LAYOUT)
+        root = find_root("folder", data_root, ("OPENTRANS_DATA",), self.LAYOUT)
         if not (root / "images").is_dir():
             raise LabError(f"{root / 'images'} is missing: {self.LAYOUT}")
         check_split(split, sorted(p.name for p in (root / "images").iterdir() if p.is_dir()), root)
-        self.root = root
-        self.names, self.values = _read_classes(root / "classes.csv")
+        self.names, self.table = _read_classes(root / "classes.csv")
+        self.prompts, self.always_ignored = self.names, True
+        remedy = "add it there (with ignore = 1 if it is no class)"
+        self.listing = f"{root / 'classes.csv'} does not list; {remedy}"
         self.seen = torch.ones(len(self.names), dtype=torch.bool)
         self.things = torch.zeros(len(self.names), dtype=torch.bool)
         found = [
@@ -151,22 +183,6 @@ class Folder(FileDataset):
         self.labels = _present(root / "labels" / split, names, root / "images" / split)
         self.size, self.length = size, len(self.images)
         self.title = f"{root.resolve().name} ({split}, {self.length} images)"
-
-    def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
-        path = Path(self.labels[index])
-        raw = np.asarray(open_picture(path))
-        if raw.ndim != 2:
-            raise LabError(f"{path} is a colour picture; labels have one channel of class ids")
-        table = self.values.copy()
-        table[255 if raw.dtype.itemsize == 1 else 65535] = IGNORE
-        found = table[raw.astype(np.int32).clip(0, 65535)]
-        if (found == UNKNOWN).any():
-            value = int(raw[found == UNKNOWN][0])
-            raise LabError(
-                f"{path} holds the label value {value}, which {self.root / 'classes.csv'} does "
-                "not list; add it there (with ignore = 1 if it is no class)"
-            )
-        return found, np.arange(len(self.names)), np.ones(len(self.names), dtype=bool), path
 
 
 def _read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
@@ -206,6 +222,18 @@ def read_class_names(benchmark: str) -> list[dict[str, str]]:
     return _read_csv(CLASS_NAMES / f"{benchmark}.csv", ("id", "name", "prompts", "kind", "label"))
 
 
+def take_classes(dataset: FileDataset, rows: list[dict[str, str]]) -> None:
+    """Give a data set the names of a class table, and what follows from them.
+
+    A class is seen if any of its names is a name of COCO's, on which segmentation is trained.
+    """
+    coco = {name for row in read_class_names("coco") for name in row["prompts"].split("|")}
+    dataset.prompts = tuple(tuple(row["prompts"].split("|")) for row in rows)
+    dataset.names = tuple(prompts[0] for prompts in dataset.prompts)
+    dataset.seen = torch.tensor([not coco.isdisjoint(prompts) for prompts in dataset.prompts])
+    dataset.things = torch.tensor([row["kind"] == "thing" for row in rows])
+
+
 def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -221,7 +249,7 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     return rows
 
 
-def _root(key: str, given: str | Path | None, variables: tuple[str, ...], layout: str) -> Path:
+def find_root(key: str, given: str | Path | None, variables: tuple[str, ...], layout: str) -> Path:
     sources = {"data_root": given} | {v: os.environ.get(v) for v in variables}
     for source, value in sources.items():
         if value:

@@ -6,7 +6,7 @@ A batch is a dict::
     labels   (B, H, W) int64 class ids 0..C-1, IGNORE for pixels of no class
     masks    list of B (K, H, W) bool, one a region, none of them empty
     classes  list of B (K,) int64, the class id of each region
-    names    tuple of C strings, the vocabulary: class id -> name
+    names    the vocabulary: for each of C classes its name, or all its names (``prompts``)
     files    list of B strings
 
 In training h = H and w = W. In evaluation the labels keep the resolution of the file, because the
@@ -19,6 +19,7 @@ import os
 from collections.abc import Collection, Iterator
 from itertools import count, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from torchvision.transforms.v2 import functional as F
 from .device import pick
 from .errors import LabError
 from .scenes import IGNORE
+from .text import ClassNames
 
 TRAIN_SIZE = 512  # the paper's
 GREY = 128  # of the padding: close to CLIP's mean colour
@@ -44,7 +46,8 @@ class Dataset:
     """What every data set offers. Subclasses set the attributes and implement ``batches``."""
 
     title: str  # for tables: which data, which split, how many images
-    names: tuple[str, ...]  # one prompt a class
+    names: tuple[str, ...]  # one name a class
+    prompts: ClassNames  # all names of each class, of which the best counts
     seen: Tensor  # (C,) bool: may this class appear in segmentation training?
     things: Tensor  # (C,) bool: countable? All False where nothing tells things from stuff
     size: int | None
@@ -85,6 +88,14 @@ class Dataset:
             yield keys
 
 
+class Look(NamedTuple):
+    """How a training picture is shown."""
+
+    flip: bool = False
+    scale: float = 1.0  # of the picture, whose longer side then is scale · size
+    place: tuple[float, float] = (0.0, 0.0)  # of the cut in what is too large, (down, right), 0..1
+
+
 class FileDataset(Dataset):
     """Images and labels on disk. A subclass lists the samples and reads one sample's segments.
 
@@ -93,6 +104,10 @@ class FileDataset(Dataset):
     """
 
     images: list[str]  # paths
+    shorter_side = 0  # larger pictures are reduced to it on reading, labels too
+    jitter = False  # large-scale jitter in training: scales of 0.1 to 2
+    on_error = "raise"  # or "skip", in evaluation: an unreadable sample is listed in ``skipped``
+    skipped: list[tuple[str, str]] = []  # file and reason, of the last evaluation
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
         """Segment map (H, W) int32, class ids (S,), which are regions (S,) bool, the label file."""
@@ -124,13 +139,15 @@ class FileDataset(Dataset):
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else a loader would advance the global random state
         )
-        for loaded in loader:
-            if isinstance(loaded, LabError):
-                raise loaded
-            for part in loaded:
+        self.skipped = []
+        for parts, errors in loader:
+            if errors and (train or self.on_error == "raise"):
+                raise LabError(errors[0][1])
+            self.skipped += errors
+            for part in parts:
                 yield self._annotate(part, device)
 
-    def load(self, index: int, flip: bool, train: bool) -> dict:
+    def load(self, index: int, look: Look, train: bool) -> dict:
         """One sample: image (3, h, w) uint8, segments (H, W) int32, classes, regions, file."""
         path = Path(self.images[index])
         pixels = np.array(open_picture(path).convert("RGB"))
@@ -140,8 +157,11 @@ class FileDataset(Dataset):
             raise LabError(f"{label} and {path} differ in size ({sizes}); they must be one picture")
         image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
         mask = tv_tensors.Mask(torch.from_numpy(found))
+        if self.shorter_side and min(found.shape) > self.shorter_side:
+            size = _scaled(*found.shape, self.shorter_side / min(found.shape))
+            image, mask = F.resize(image, size, antialias=True), _picked(mask, size)
         if train:
-            image, mask = fit_square(image, mask, self.size or TRAIN_SIZE, flip)
+            image, mask = fit_square(image, mask, self.size or TRAIN_SIZE, look)
         elif self.size:
             h, w = image.shape[-2:]
             image = F.resize(image, _scaled(h, w, self.size / min(h, w)), antialias=True)
@@ -169,31 +189,36 @@ class FileDataset(Dataset):
             "labels": labels,
             "masks": masks,
             "classes": classes,
-            "names": self.names,
+            "names": self.prompts,
             "files": part["files"],
         }
 
 
 class _Reader:
-    """What a worker runs: keys of one step -> batches of equal size, or the user's error."""
+    """What a worker runs: keys of one step -> batches of equal size, and what could not be read."""
 
     def __init__(self, dataset: FileDataset, seed: int, train: bool) -> None:
         self.dataset, self.seed, self.train = dataset, seed, train
 
-    def __getitem__(self, keys: Keys) -> list[dict] | LabError:
-        try:
-            samples = [
-                self.dataset.load(index, _coin(self.seed, position), self.train)
-                for index, position in keys
-            ]
-        except LabError as error:  # returned, as a worker would bury its sentence in a traceback
-            return error
+    def __getitem__(self, keys: Keys) -> tuple[list[dict], list[tuple[str, str]]]:
+        samples, errors = [], []
+        for index, position in keys:
+            look = _look(self.seed, position, self.dataset.jitter)
+            try:
+                samples.append(self.dataset.load(index, look, self.train))
+            except LabError as error:  # as words: a worker would bury them in a traceback
+                errors.append((self.dataset.images[index], str(error)))
         groups = groupby(samples, lambda s: (s["image"].shape, s["segments"].shape))
-        return [_collate(list(group)) for _, group in groups]
+        return [_collate(list(group)) for _, group in groups], errors
 
 
-def _coin(seed: int, position: int) -> bool:
-    return bool(np.random.default_rng([seed, 1, position]).integers(2))
+def _look(seed: int, position: int, jitter: bool) -> Look:
+    random = np.random.default_rng([seed, 1, position])
+    flip = bool(random.integers(2))
+    if not jitter:
+        return Look(flip)
+    scale, down, right = random.uniform([0.1, 0, 0], [2, 1, 1])
+    return Look(flip, scale, (down, right))
 
 
 def _collate(samples: list[dict]) -> dict:
@@ -211,22 +236,29 @@ def _as_is(loaded: object) -> object:
 
 
 def fit_square(
-    image: tv_tensors.Image, mask: tv_tensors.Mask, size: int, flip: bool
+    image: tv_tensors.Image, mask: tv_tensors.Mask, size: int, look: Look
 ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """Longer side to ``size``, aspect kept, padded right and below; the mask is only picked from.
+    """Longer side to ``look.scale`` · ``size``, aspect kept, then cut or padded right and below.
 
     image (3, H, W) uint8 -> (3, size, size), padded grey; mask (H, W) -> (size, size), padded
-    with -1. ``nearest-exact`` takes the pixel under the centre: plain nearest would shift the
-    mask against the image by up to half a pixel.
+    with -1. The mask is only picked from: ``nearest-exact`` takes the pixel under the centre,
+    plain nearest would shift it against the image by up to half a pixel.
     """
-    h, w = _scaled(*image.shape[-2:], size / max(image.shape[-2:]))
-    image = F.resize(image, [h, w], antialias=True)
-    picked = F.resize_image(mask[None].as_subclass(Tensor), [h, w], InterpolationMode.NEAREST_EXACT)
-    mask = tv_tensors.Mask(picked[0])
-    if flip:
+    h, w = _scaled(*image.shape[-2:], look.scale * size / max(image.shape[-2:]))
+    image, mask = F.resize(image, [h, w], antialias=True), _picked(mask, [h, w])
+    if look.flip:
         image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
+    if h > size or w > size:
+        down, right = (round(p * max(0, n - size)) for p, n in zip(look.place, (h, w), strict=True))
+        h, w = min(h, size), min(w, size)
+        image, mask = (F.crop(x, down, right, h, w) for x in (image, mask))
     padding = [0, 0, size - w, size - h]
     return F.pad(image, padding, fill=GREY), F.pad(mask, padding, fill=-1)
+
+
+def _picked(mask: tv_tensors.Mask, size: list[int]) -> tv_tensors.Mask:
+    exact = InterpolationMode.NEAREST_EXACT
+    return tv_tensors.Mask(F.resize_image(mask[None].as_subclass(Tensor), size, exact)[0])
 
 
 def _scaled(height: int, width: int, scale: float) -> list[int]:

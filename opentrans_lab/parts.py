@@ -94,7 +94,7 @@ def picture_counts(
     model.to(device).eval()
     with tqdm(total=len(dataset), desc="parts", unit="image", leave=False) as bar:
         for batch in dataset.batches(batch_size, train=False, device=device):
-            scores = model.scores(batch["images"], dataset.names)  # (B, C, h, w)
+            scores = model.scores(batch["images"], dataset.prompts)  # (B, C, h, w)
             for one, label in zip(scores, batch["labels"], strict=True):
                 counts = confusion(predict(one, tuple(label.shape)), label, len(dataset.names))
                 found.append(torch.stack([counts.diagonal(), counts.sum(1), counts.sum(0)]).cpu())

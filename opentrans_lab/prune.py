@@ -26,6 +26,7 @@ from .errors import LabError
 from .losses import cap_regions, class_loss, crop_regions, kd_loss, pool_regions, region_images
 from .masks import Mask
 from .results import atomic_path, revision
+from .text import first_names
 from .tower import prunable
 from .train import TrainConfig, fit
 
@@ -119,7 +120,7 @@ def distillation(student: Student, teacher: Backbone, config: PruneConfig) -> Ca
     def objective(model: nn.Module, batch: dict) -> dict[str, Tensor]:
         masks, classes = cap_regions(batch["masks"], batch["classes"])
         embedded = model(batch["images"], masks)  # (R, D)
-        names = teacher.text(batch["names"])  # (C, D)
+        names = teacher.text(first_names(batch["names"]))  # (C, D)
         if config.terms == "class":
             return class_loss(embedded, names, torch.cat(classes))
         with torch.no_grad():

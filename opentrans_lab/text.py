@@ -60,6 +60,11 @@ def flat_names(class_names: ClassNames) -> tuple[tuple[str, ...], list[int]]:
     return tuple(name for group in groups for name in group), [len(group) for group in groups]
 
 
+def first_names(class_names: ClassNames) -> list[str]:
+    """The default name of each class."""
+    return [name if isinstance(name, str) else name[0] for name in class_names]
+
+
 def best_name(scores: Tensor, sizes: list[int], dim: int) -> Tensor:
     """Scores of names -> scores of classes along ``dim``: the maximum over the names of a class."""
     if len(sizes) == scores.shape[dim]:

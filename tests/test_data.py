@@ -17,6 +17,7 @@ from opentrans_lab import scenes
 from opentrans_lab.data import DATASETS, IGNORE, load_dataset
 from opentrans_lab.errors import LabError
 from opentrans_lab.layouts import read_class_names
+from opentrans_lab.loader import Look
 
 REAL = Path(os.environ.get("OPENTRANS_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -102,8 +103,9 @@ def test_coco_labels_by_hand(tmp_path, beside):
         assert torch.equal(found[0], torch.tensor(SEGMENT_MAP == PERSON))
         assert torch.equal(found[132], torch.tensor(SEGMENT_MAP == RUG))
     assert consistent(batch)
-    assert len(batch["names"]) == 133 and dataset.seen.all()
-    assert [batch["names"][i] for i in (0, 80, 84, 132)] == ["person", "banner", "counter", "rug"]
+    assert len(batch["names"]) == 133 and dataset.seen.all() and "girl" in batch["names"][0]
+    assert dataset.things.sum() == 80
+    assert [dataset.names[i] for i in (0, 80, 84, 132)] == ["person", "banner", "counter", "rug"]
 
 
 def test_coco_class_list_is_whole():
@@ -257,7 +259,7 @@ def test_training_pictures_are_aligned_padded_and_flipped(picture_folder):
 def test_flip_is_an_exact_mirror(picture_folder):
     dataset = load_dataset("folder", "val", picture_folder, size=64)
     for index in range(len(dataset)):
-        plain, flipped = (dataset.load(index, flip, train=True) for flip in (False, True))
+        plain, flipped = (dataset.load(index, Look(flip), train=True) for flip in (False, True))
         w = int((plain["segments"] >= 0).any(0).sum())
         assert torch.equal(plain["image"][..., :w].flip(-1), flipped["image"][..., :w])
         assert torch.equal(plain["segments"][:, :w].flip(-1), flipped["segments"][:, :w])
@@ -481,7 +483,13 @@ def test_class_lists_are_plain_tables():
         with path.open(newline="") as file:
             rows = list(csv.reader(file))
         assert rows[0] == ["id", "name", "prompts", "kind", "label"]
-        assert all(len(r) == 5 and all(r) and r[3] in ("thing", "stuff") for r in rows[1:])
+        assert [r[0] for r in rows[1:]] == [str(i) for i in range(len(rows) - 1)]
+        assert all(len(r) == 5 and r[1] and r[2] and r[4].isdecimal() for r in rows[1:])
+        without = path.stem in ("ade847", "pc59", "pc459")  # these tell no things from stuff
+        assert {r[3] for r in rows[1:]} == {"thing", "stuff"} | ({""} if without else set())
+        for row in rows[1:]:
+            prompts = row[2].split("|")
+            assert len(set(prompts)) == len(prompts) and all(p == p.strip() for p in prompts)
 
 
 def test_things_and_grounds_of_every_split():

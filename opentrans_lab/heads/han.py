@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone, frozen_copy
 from ..errors import LabError
 from ..losses import cap_regions, crop_regions, kd_loss, region_images
-from ..text import ClassNames
+from ..text import ClassNames, first_names
 from .mask2former import MaskFramework, Preset, regions
 
 KD_WEIGHT = 2.0
@@ -99,8 +99,8 @@ class Han(MaskFramework):
         numbers = list(torch.arange(sum(counts)).split(counts))
         kept, numbers = cap_regions(masks, numbers, self.preset.regions)
         numbers, image = torch.cat(numbers), region_images(kept)  # (R,)
-        words = [c if isinstance(c, str) else c[0] for c in targets["names"]]
-        text = self.backbone.text(words)[torch.cat(classes)[numbers.to(images.device)]]  # (R, D)
+        words = self.backbone.text(first_names(targets["names"]))  # (C, D)
+        text = words[torch.cat(classes)[numbers.to(images.device)]]  # (R, D)
         with torch.no_grad():
             teacher.to(images.device)
             target = teacher.embed(crop_regions(images, kept, teacher.image_size))  # (R, D)

@@ -1,0 +1,100 @@
+"""Is this data set whole? Every file opened, every label value looked at, one picture to see."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from .data import load_dataset
+from .errors import LabError
+from .overlays import compare
+from .results import atomic_path
+from .scenes import IGNORE
+
+
+@dataclass
+class Checked:
+    """What a look at one split found."""
+
+    title: str
+    images: int  # that could be read
+    broken: list[tuple[str, str]]  # file and reason: missing, truncated, sizes or values wrong
+    classes: pd.DataFrame = field(repr=False)  # id, name, seen, images, share (of the labelled)
+    ignored: float = 0.0  # fraction of the pixels
+    sizes: Counter = field(default_factory=Counter, repr=False)  # (height, width) -> images
+
+    @property
+    def fine(self) -> bool:
+        return not self.broken and self.images > 0
+
+    def __str__(self) -> str:
+        never = self.classes.loc[self.classes["images"] == 0, "name"].tolist()
+        heights, widths = zip(*self.sizes, strict=True) if self.sizes else ((0,), (0,))
+        lines = [
+            self.title,
+            f"  images read        {self.images}, {min(widths)} to {max(widths)} pixels wide, "
+            f"{min(heights)} to {max(heights)} high",
+            f"  pixels ignored     {self.ignored:.1%}",
+            f"  classes            {len(self.classes)}, {int(self.classes['seen'].sum())} of them "
+            "seen in segmentation training",
+            f"  classes never seen {len(never)}" + (f": {_few(never)}" if never else ""),
+            f"  broken             {len(self.broken)}",
+        ]
+        lines += [f"    {reason}" for _, reason in self.broken[:20]]
+        if len(self.broken) > 20:
+            lines.append(f"    and {len(self.broken) - 20} more")
+        return "\n".join(lines)
+
+
+def check(
+    dataset: str, split: str = "val", root: str | Path | None = None, picture: Path | None = None
+) -> Checked:
+    """Decode every image and label of a split.
+
+    Args:
+        picture: where to save an overlay of up to four images.
+
+    Raises:
+        LabError: files or folders are missing, so that there is nothing to look at.
+    """
+    data = load_dataset(dataset, split, root, on_error="skip")
+    if data.length > 100_000 or dataset == "scenes":
+        raise LabError(f"dataset={dataset!r} is made, not read: there are no files to check")
+    count = len(data.names)
+    pixels = torch.zeros(count + 1, dtype=torch.int64)  # the last: ignored
+    images, sizes, shown = torch.zeros(count, dtype=torch.int64), Counter(), []
+    with tqdm(total=len(data), desc=f"check {dataset} {split}", unit="image") as bar:
+        for batch in data.batches(1, train=False):
+            labels = batch["labels"][0]
+            counts = torch.bincount(
+                torch.where(labels == IGNORE, count, labels).flatten(), minlength=count + 1
+            )
+            pixels += counts
+            images += counts[:count] > 0
+            sizes[tuple(labels.shape)] += 1
+            if len(shown) < 4:
+                shown.append((batch["images"][0], labels, batch["files"][0]))
+            bar.update()
+    if picture and shown:
+        pictures, maps, files = zip(*shown, strict=True)
+        figure = compare(pictures, {"labels": maps}, data.names, files)
+        with atomic_path(picture) as path:
+            figure.savefig(path, dpi=100, bbox_inches="tight")
+        plt.close(figure)
+    labelled = max(int(pixels[:count].sum()), 1)
+    table = pd.DataFrame({
+        "id": range(count), "name": data.names, "seen": data.seen.tolist(),
+        "images": images.tolist(), "share": (pixels[:count].double() / labelled).tolist(),
+    })  # fmt: skip
+    ignored = float(pixels[count] / max(int(pixels.sum()), 1))
+    return Checked(data.title, sum(sizes.values()), data.skipped, table, ignored, sizes)
+
+
+def _few(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
