@@ -1,13 +1,14 @@
 # `make` alone prints this list. Every target makes the environment first, once.
 PYTHON  ?= python3
 MINUTES ?= 60
+COCO    ?= data/coco
 BIN     := .venv/bin
 STAMP   := .venv/.installed
 # A kernel named python3 is then always the environment's own, never one from the home folder.
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lab lint mini-clip campaign bench clean
+.PHONY: help env demo test lab lint mini-clip campaign bench overfit clean
 
 help:  ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,9 +42,13 @@ mini-clip: env  ## train the mini CLIP from scratch (about 20 minutes on two cor
 campaign: env  ## run the large grids for MINUTES minutes (MINUTES=60), going on where it stopped
 	$(BIN)/opentrans-lab campaign --minutes $(MINUTES)
 
-bench: env  ## time alpha and masks against the libraries that do the same
+bench: env  ## time alpha, masks and counting against the libraries that do the same
 	$(BIN)/python tests/bench_alpha.py
 	$(BIN)/python tests/bench_masks.py
+	$(BIN)/python tests/bench_evaluate.py
+
+overfit: env  ## let each framework learn 8 photographs: make overfit COCO=/data/coco (30 minutes)
+	$(BIN)/python tests/overfit_coco.py $(COCO) runs/overfit
 
 clean:  ## remove caches and build products; runs and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

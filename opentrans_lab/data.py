@@ -96,6 +96,7 @@ class Scenes(Dataset):
         start: int = 0,
         train: bool = True,
         device: str | torch.device = "cpu",
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
         device = pick(device)
         ids = torch.cat([self.ids, torch.tensor([IGNORE])]).to(device)  # label -1 -> the last
@@ -105,7 +106,7 @@ class Scenes(Dataset):
                 for step in count(start)
             )
         else:
-            keys = self._keys(batch_size, seed, start, train)
+            keys = self._keys(batch_size, seed, start, train, share)
             indices = ([index for index, _ in step] for step in keys)
         for chosen in indices:
             drawn = scenes.render(

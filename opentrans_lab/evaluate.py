@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data import IGNORE, Dataset
+from .data import IGNORE, Batch, Dataset
 from .device import pick
+from .errors import LabError
+from .heads.inference import cut
+from .results import atomic_path
+from .text import ClassNames
 
 PIECE = 2**25  # upsampled scores that are held at a time (128 MB)
+SCORES = 2**26  # scores of a model, at stride 4
+SAVE_SECONDS = 30.0  # between saves of the progress
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,7 @@ class Evaluation:
     fwiou: float  # IoU weighted by each class's share of the pixels
     per_class: pd.DataFrame  # id, name, seen, iou, pixels; iou is NaN where pixels = 0
     confusion: Tensor  # (C, C) int64 on the CPU: rows are ground truth, columns predictions
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # file and why it was not read
 
 
 def confusion(pred: Tensor, label: Tensor, n_classes: int) -> Tensor:
@@ -85,30 +100,129 @@ def evaluate(
     batch_size: int = 16,
     device: str | torch.device = "auto",
     progress: bool = True,
+    window: int = 0,
+    out: Path | None = None,
 ) -> Evaluation:
     """Segment a whole split over its vocabulary and count, at the labels' own resolution.
 
-    ``model.scores(images, class_names)`` gives logits (B, C, h, w) at any resolution. The model
-    goes to ``device`` and is in evaluation mode meanwhile.
+    ``model.scores(images, class_names)`` gives scores (B, C, h, w) at any resolution. The model
+    goes to ``device`` and is in evaluation mode meanwhile. Under ``torch.distributed`` every
+    process takes its share of the pictures, each exactly once, and all return the whole.
+
+    Args:
+        window: side of the square that slides over larger pictures in steps of two thirds, its
+            scores averaged; a multiple of 4, or 0 for whole pictures.
+        out: folder for progress; an interrupted evaluation goes on from there.
+
+    Raises:
+        LabError: a sample that cannot be read (unless ``dataset.on_error`` is ``"skip"``), or
+            ``out`` holds the progress of another evaluation.
     """
-    device = pick(device)
-    n_classes = len(dataset.names)
-    counts = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=device)
+    if window % 4:
+        raise LabError(f"window={window} must be a multiple of 4, or 0 for whole pictures")
+    device, share, n_classes = pick(device), _share(), len(dataset.names)
+    about = {
+        "data": dataset.title, "names": list(dataset.names), "size": dataset.size or 0,
+        "batch_size": batch_size, "window": window, "share": list(share),
+    }  # fmt: skip
+    file = Path(out) / f"evaluation-{share[0]}.safetensors" if out else None
+    counts, before, lost = _resume(file, about, n_classes)
+    counts, consumed, saved = counts.to(device), before, time.monotonic()
     modes = {module: module.training for module in model.modules()}
     model.to(device).eval()
-    bar = tqdm(total=len(dataset), desc="evaluate", unit="image", disable=not progress, leave=False)
+    bar = tqdm(total=len(dataset), initial=min(before * share[1], len(dataset)), desc="evaluate",
+               unit="image", disable=not progress or share[0] > 0, leave=False)  # fmt: skip
     try:
         # No inference mode: the model may cache embeddings now and train on them later.
         with bar, torch.no_grad():
-            for batch in dataset.batches(batch_size, train=False, device=device):
-                scores = model.scores(batch["images"], dataset.prompts)  # (B, C, h, w)
-                for row, label in zip(scores, batch["labels"], strict=True):
-                    counts += confusion(predict(row, tuple(label.shape)), label, n_classes)
-                bar.update(len(scores))
+            for batch in dataset.batches(
+                batch_size, start=before // batch_size, train=False, device=device, share=share
+            ):
+                for images, labels in _portions(batch, n_classes):
+                    scores = _scores(model, images, dataset.prompts, window)  # (b, C, h, w)
+                    for row, label in zip(scores, labels, strict=True):
+                        counts += confusion(predict(row, tuple(label.shape)), label, n_classes)
+                consumed += len(batch["files"])
+                bar.update(len(batch["files"]) * share[1])
+                read = consumed + len(dataset.skipped)  # whole steps, at their ends
+                if file and read % batch_size == 0 and time.monotonic() - saved > SAVE_SECONDS:
+                    _save(file, about, counts, read, lost + dataset.skipped)
+                    saved = time.monotonic()
     finally:
         for module, mode in modes.items():  # one by one: frozen parts may have had their own
             module.training = mode
-    return summarise(counts.cpu(), dataset.names, dataset.seen)
+    counts, skipped = _together(counts, lost + dataset.skipped)
+    return replace(summarise(counts.cpu(), dataset.names, dataset.seen), skipped=skipped)
+
+
+def _portions(batch: Batch, n_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A batch in portions whose scores at stride 4 are held at a time."""
+    cells = math.prod(math.ceil(side / 4) for side in batch["images"].shape[-2:])
+    most = max(1, SCORES // (n_classes * cells))
+    yield from zip(batch["images"].split(most), batch["labels"].split(most), strict=True)
+
+
+def _scores(model: nn.Module, images: Tensor, class_names: ClassNames, window: int) -> Tensor:
+    """Scores of whole pictures, or the mean of a sliding window's at stride 4."""
+    size = tuple(images.shape[-2:])
+    if not window or max(size) <= window:
+        return model.scores(images, class_names)
+    images = F.pad(images, (0, -size[1] % 4, 0, -size[0] % 4), mode="replicate")
+    padded = tuple(images.shape[-2:])
+    total = images.new_zeros(len(images), len(class_names), *(n // 4 for n in padded))
+    often = images.new_zeros(total.shape[-2:])
+    for top, left in product(*(_places(n, window) for n in padded)):
+        cut_out = images[..., top : top + window, left : left + window]
+        shape = [n // 4 for n in cut_out.shape[-2:]]
+        here = slice(top // 4, top // 4 + shape[0]), slice(left // 4, left // 4 + shape[1])
+        part = model.scores(cut_out, class_names).float()
+        total[..., *here] += F.interpolate(part, shape, mode="bilinear", align_corners=False)
+        often[here] += 1
+    return cut(total / often, size, padded)
+
+
+def _places(length: int, window: int) -> list[int]:
+    """Where windows begin: steps of two thirds, the last one at the end."""
+    last = max(0, length - window)
+    return [*range(0, last, max(4, window * 2 // 3 // 4 * 4)), last]
+
+
+# --- several processes, and interruptions -------------------------------------------------------
+
+
+def _share() -> tuple[int, int]:
+    """(this process, all processes)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _together(counts: Tensor, skipped: list) -> tuple[Tensor, list]:
+    """The sum of all processes' counts, and what any of them skipped."""
+    if _share()[1] > 1:
+        dist.all_reduce(counts)
+        parts: list = [None] * _share()[1]
+        dist.all_gather_object(parts, skipped)
+        skipped = [entry for part in parts for entry in part]
+    return counts, sorted(map(tuple, skipped))
+
+
+def _resume(file: Path | None, about: dict, n_classes: int) -> tuple[Tensor, int, list]:
+    """Counts so far, how many pictures were read for them, and those that could not be."""
+    if file is None or not file.exists():
+        return torch.zeros(n_classes, n_classes, dtype=torch.int64), 0, []
+    with safe_open(file, "pt") as saved:
+        told = json.loads(saved.metadata()["progress"])
+        if told["about"] != about:
+            raise LabError(f"{file} is the progress of another evaluation; delete it, or name "
+                           "another folder")  # fmt: skip
+        return saved.get_tensor("counts"), told["read"], told["skipped"]
+
+
+def _save(file: Path, about: dict, counts: Tensor, read: int, skipped: list) -> None:
+    told = json.dumps({"about": about, "read": read, "skipped": skipped})
+    with atomic_path(file) as path:
+        save_file({"counts": counts.cpu()}, path, {"progress": told})
 
 
 def summarise(counts: Tensor, names: tuple[str, ...], seen: Tensor) -> Evaluation:

@@ -52,6 +52,8 @@ class Dataset:
     things: Tensor  # (C,) bool: countable? All False where nothing tells things from stuff
     size: int | None
     length: int
+    on_error = "raise"  # or "skip", in evaluation: an unreadable sample is listed in ``skipped``
+    skipped: list[tuple[str, str]] = []  # file and reason, of the last evaluation
 
     def __len__(self) -> int:
         return self.length
@@ -63,18 +65,24 @@ class Dataset:
         start: int = 0,
         train: bool = True,
         device: str | torch.device = "cpu",
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
         """Batches from step ``start`` on.
 
         ``train=True`` never ends: shuffled anew each epoch and augmented, and the batch of step s
         depends on (seed, s) and the batch size alone. ``train=False`` is one pass in order, not
-        augmented or padded; a batch may be smaller, as it holds images of one size only.
+        augmented or padded; a batch may be smaller, as it holds images of one size only. Of that
+        pass ``share`` = (rank, processes) takes every n-th step, and counts its own steps.
         """
         raise NotImplementedError
 
-    def _keys(self, batch_size: int, seed: int, start: int, train: bool) -> Iterator[Keys]:
+    def _keys(
+        self, batch_size: int, seed: int, start: int, train: bool, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Keys]:
         if not train:
-            for first in range(start * batch_size, len(self), batch_size):
+            rank, processes = share
+            stride = processes * batch_size
+            for first in range(start * stride + rank * batch_size, len(self), stride):
                 yield [(i, i) for i in range(first, min(first + batch_size, len(self)))]
             return
         epoch, order = -1, np.empty(0)
@@ -106,8 +114,6 @@ class FileDataset(Dataset):
     images: list[str]  # paths
     shorter_side = 0  # larger pictures are reduced to it on reading, labels too
     jitter = False  # large-scale jitter in training: scales of 0.1 to 2
-    on_error = "raise"  # or "skip", in evaluation: an unreadable sample is listed in ``skipped``
-    skipped: list[tuple[str, str]] = []  # file and reason, of the last evaluation
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
         """Segment map (H, W) int32, class ids (S,), which are regions (S,) bool, the label file."""
@@ -120,6 +126,7 @@ class FileDataset(Dataset):
         start: int = 0,
         train: bool = True,
         device: str | torch.device = "cpu",
+        share: tuple[int, int] = (0, 1),
         workers: int | None = None,
     ) -> Iterator[Batch]:
         """As ``Dataset.batches``; ``workers`` processes decode (default: some if there is a GPU).
@@ -132,7 +139,7 @@ class FileDataset(Dataset):
             workers = 0 if pick().type == "cpu" else min(8, max(1, (os.cpu_count() or 2) - 1))
         loader = DataLoader(
             _Reader(self, seed, train),  # type: ignore[arg-type]
-            sampler=self._keys(batch_size, seed, start, train),  # type: ignore[arg-type]
+            sampler=self._keys(batch_size, seed, start, train, share),  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=_as_is,
             num_workers=workers,

@@ -25,7 +25,7 @@ from opentrans_lab.evaluate import confusion, miou, predict
 from opentrans_lab.frameworks import FRAMEWORKS, build
 from opentrans_lab.train import TrainConfig, fit
 
-SIZE, IMAGES, STEPS, GOAL = 192, 8, {"deeplabv3": 300, "han": 700, "fcclip": 700}, 50.0
+SIZE, IMAGES, STEPS, GOAL = 192, 8, {"deeplabv3": 120, "han": 500, "fcclip": 500}, 50.0
 
 
 def orthogonal(backbone, names: tuple[str, ...]) -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from torch import nn
 
 from opentrans_lab import evaluate as module
 from opentrans_lab.data import IGNORE, load_dataset
+from opentrans_lab.errors import LabError
 from opentrans_lab.evaluate import confusion, evaluate, miou, predict, summarise
 
 
@@ -193,3 +199,141 @@ def test_evaluate_on_scenes_splits_seen_and_unseen():
     assert result.miou == pytest.approx(share / len(occurring))
     assert result.miou_seen == pytest.approx(share / int(dataset.seen[occurring].sum()))
     assert result.miou_unseen == 0
+
+
+@pytest.mark.parametrize("n", [3, 150])
+def test_torchmetrics_counts_the_same(n):
+    from torchmetrics.classification import MulticlassConfusionMatrix
+
+    rng = torch.Generator().manual_seed(n)
+    label = torch.randint(-1, n, (2, 40, 30), generator=rng)
+    pred = torch.randint(0, n, (2, 40, 30), generator=rng)
+    oracle = MulticlassConfusionMatrix(n, ignore_index=IGNORE)
+    assert torch.equal(confusion(pred, label, n), oracle(pred, label))
+
+
+SHARED = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from opentrans_lab.data import load_dataset
+from opentrans_lab.evaluate import evaluate
+sys.path.insert(0, sys.argv[1])
+from test_evaluate import ByColour
+dist.init_process_group("gloo")
+data = load_dataset("folder", "val", sys.argv[2], on_error="skip")
+found = evaluate(ByColour(), data, 2, "cpu", progress=False)
+torch.save({"counts": found.confusion, "skipped": found.skipped}, f"{sys.argv[3]}/{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_two_processes_count_what_one_counts(grey_folder, tmp_path, broken):
+    """Seven pictures in batches of two, so one process has four and the other three."""
+    root = grey_folder
+    if broken:
+        root = tmp_path / "broken"
+        shutil.copytree(grey_folder, root)
+        (root / "images/val/3.png").write_bytes(b"")
+    (tmp_path / "shared.py").write_text(SHARED)
+    script = [str(tmp_path / "shared.py"), str(Path(__file__).parent), str(root), str(tmp_path)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, *script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    data = load_dataset("folder", "val", root, on_error="skip")
+    one = evaluate(ByColour(), data, 2, "cpu", progress=False)
+    assert len(one.skipped) == int(broken)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(found["counts"], one.confusion)
+        assert found["skipped"] == one.skipped
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_interrupted_evaluation_goes_on(grey_folder, tmp_path, monkeypatch, broken):
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    root = tmp_path / "data"
+    shutil.copytree(grey_folder, root)
+    if broken:
+        (root / "images/val/1.png").write_bytes(b"")
+
+    def data():
+        return load_dataset("folder", "val", root, on_error="skip")
+
+    whole = evaluate(ByColour(), data(), 2, "cpu", progress=False)
+
+    class Dies(ByColour):
+        def scores(self, images, class_names):
+            if len(self.asked) == 4:
+                raise KeyboardInterrupt
+            return super().scores(images, class_names)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Dies(), data(), 2, "cpu", progress=False, out=tmp_path / "out")
+    model = ByColour()
+    again = evaluate(model, data(), 2, "cpu", progress=False, out=tmp_path / "out")
+    assert torch.equal(again.confusion, whole.confusion) and again.skipped == whole.skipped
+    assert 0 < len(model.asked) < 7  # not from the beginning
+    with pytest.raises(LabError, match="progress of another evaluation"):
+        evaluate(model, data(), 3, "cpu", progress=False, out=tmp_path / "out")
+
+
+class Where(nn.Module):
+    """Scores that say where they were computed: one channel of the pixel values, at stride 4."""
+
+    def scores(self, images, class_names):
+        assert max(images.shape[-2:]) <= 32
+        return F.avg_pool2d(images[:, : len(class_names)], 4)
+
+
+def test_a_sliding_window_covers_everything_in_place():
+    ramp = torch.linspace(0, 1, 75).expand(50, 75)
+    images = torch.stack([ramp, ramp.flip(1), torch.full_like(ramp, 0.3)])[None]
+    scores = module._scores(Where(), images, ("a", "b", "c"), 32)
+    found = F.interpolate(scores, (50, 75), mode="bilinear", align_corners=False)
+    assert (found - images).abs()[..., 2:-2].max() < 0.02
+    whole = module._scores(Where(), images[..., :32, :32], ("a", "b", "c"), 32)
+    assert torch.equal(whole, F.avg_pool2d(images[..., :32, :32], 4))
+    for length in (20, 32, 33, 75, 640):
+        places = module._places(length, 32)
+        assert places == sorted(set(places)) and places[0] == 0
+        assert all(b - a <= 20 for a, b in zip(places, places[1:], strict=False))
+        assert places[-1] == max(0, length - 32)
+
+
+def test_windows_that_do_not_fit_are_refused(grey_folder):
+    with pytest.raises(LabError, match="window=30"):
+        evaluate(ByColour(), load_dataset("folder", "val", grey_folder), window=30)
+
+
+MEMORY = """
+import resource, torch
+from opentrans_lab.data import load_dataset
+from opentrans_lab.evaluate import evaluate
+names = [f"{i}" for i in range(847)]
+class Heavy(torch.nn.Module):
+    def scores(self, images, class_names):
+        return torch.randn(len(images), len(class_names), *(n // 4 for n in images.shape[-2:]))
+class Data:
+    title, names, prompts, size, skipped = "d", tuple(names), tuple(names), None, []
+    seen = torch.ones(847, dtype=torch.bool)
+    def __len__(self): return 16
+    def batches(self, *args, **kwargs):
+        labels = torch.randint(0, 847, (16, 640, 640))
+        yield {"images": torch.zeros(16, 3, 640, 640), "labels": labels, "files": ["f"] * 16}
+data = Data()
+next(data.batches())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+evaluate(Heavy(), data, 16, "cpu", progress=False)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+
+
+def test_hundreds_of_classes_at_full_resolution_fit():
+    """847 classes on 16 pictures of 640 pixels: scores alone would be 22 GB at full resolution."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0.05 < float(done.stdout) < 1.5  # GiB above what was there
