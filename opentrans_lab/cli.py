@@ -309,6 +309,41 @@ class MaskCommand:
 
 
 @dataclass
+class EvaluateCommand:
+    """mIoU of a trained model on any data set: train on one, measure on all seven."""
+
+    model: Positional[Path]
+    """Folder of a trained model (runs/stages/segment/<key>)."""
+    dataset: str = "scenes"
+    """coco, cityscapes, ade150, ade847, voc20, voc21, pc59, pc459, folder or scenes."""
+    root: Path | None = None
+    """The data set's folder (default: OPENTRANS_DATA or DETECTRON2_DATASETS)."""
+    split: str = "val"
+    size: int = 0
+    """Shorter side in pixels (0: as on disk)."""
+    window: int = 0
+    """Side of a sliding window (0: whole pictures)."""
+    images: int = 0
+    """The first n images only (0: all)."""
+    batch_size: int = 4
+    on_error: Literal["raise", "skip"] = "raise"
+    """Stop at an image that cannot be read, or leave it out, count and list it."""
+    panoptic: bool = False
+    """Panoptic quality instead, of a mask framework."""
+    checkpoint: Path | None = None
+    """The CLIP that the model was made from, if that was a file."""
+    out: Path | None = None
+    """Write the per-class table as CSV."""
+    device: str = "auto"
+
+    def __call__(self) -> int:
+        from .measure import measure
+
+        print(measure(**vars(self)))
+        return 0
+
+
+@dataclass
 class DataCommand:
     """Open every file of a data set: what is there, what is missing, broken or out of range."""
 
@@ -363,6 +398,7 @@ Command = (
     | Annotated[CostCommand, named("cost")]
     | Annotated[MaskCommand, named("mask")]
     | Annotated[DataCommand, named("data")]
+    | Annotated[EvaluateCommand, named("evaluate")]
     | Annotated[CampaignCommand, named("campaign")]
     | Annotated[MiniClipCommand, named("mini-clip")]
 )

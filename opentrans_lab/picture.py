@@ -153,8 +153,13 @@ def newest(framework: str) -> Path:
     )
 
 
-def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, int]:
+def open_model(
+    folder: Path, device: torch.device, checkpoint: str | Path | None = None
+) -> tuple[nn.Module, int]:
     """(the trained model in a stage's folder, the size of its training pictures).
+
+    Args:
+        checkpoint: the CLIP it was made from, for its text tower, where that was a file.
 
     Raises:
         LabError: not the folder of a trained model.
@@ -164,7 +169,7 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, int]:
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError, KeyError) as error:
         raise LabError(f"{folder} holds no trained model ({error})") from error
-    clip = load_backbone(about["backbone"], _weights(about), device)
+    clip = load_backbone(about["backbone"], checkpoint or _weights(about), device)
     model = build(about["framework"], clip, about["preset"])
     model.load_state_dict(state)
     return model, about["size"]
@@ -177,8 +182,8 @@ def _weights(about: dict) -> str:
         return ""
     if len(tag) == 64:
         raise LabError(
-            f"this model's {about['backbone']} was read from a file: load it with load_backbone, "
-            "build the framework, load model.safetensors, and give the module in model="
+            f"this model's {about['backbone']} was read from a file: name it in checkpoint= of "
+            "open_model (--checkpoint), and give segment the module in model="
         )
     return tag
 

@@ -13,9 +13,20 @@ from .errors import LabError
 
 _GROUNDS = ("grass", "sand", "water", "brick", "sky", "road", "snow", "wood")  # scenes.STUFF
 
+_SIZES = ("small", "medium", "large")
+
 TEMPLATES: dict[str, list[str]] = {
     "bare": ["{}"],
     "photo": ["a photo of a {}."],
+    "vild": [  # of ViLD (Gu et al., ICLR 2022), the 14 that FC-CLIP and others use
+        "a photo of a {}.",
+        "This is a photo of a {}",
+        "a photo of a {} in the scene",
+        *(f"There is {article} {{}} in the scene" for article in ("a", "the")),
+        *(f"{start} a {size} {{}}." for start in ("a photo of", "This is a photo of")
+          for size in _SIZES),
+        *(f"There is a {size} {{}} in the scene." for size in _SIZES),
+    ],
     "scenes": ["a {}", *(f"a {{}} on {ground}" for ground in _GROUNDS)],
 }
 """Sets of prompt templates by name; ``{}`` stands for the class name."""

@@ -36,6 +36,13 @@ def passes(clip):
     handle.remove()
 
 
+def test_vild_has_14_templates_all_different():
+    assert len(set(TEMPLATES["vild"])) == len(TEMPLATES["vild"]) == 14
+    assert find_templates("vild")[0] == "a photo of a {}." and all(
+        "{}" in t for t in TEMPLATES["vild"]
+    )
+
+
 def test_normalised_averaged_and_normalised_again(encoder, clip):
     got = encoder(NAMES, PAIR, CPU)
     with torch.no_grad():
@@ -108,7 +115,7 @@ def test_the_mini_labs_templates_speak_of_its_backgrounds():
     [
         ([], "photo", "at least one name"),
         ("dog", "photo", "must be a list"),
-        (["dog"], "foto", "unknown templates 'foto'; use one of bare, photo, scenes"),
+        (["dog"], "foto", "unknown templates 'foto'; use one of bare, photo, vild, scenes"),
         (["dog"], ["a photo"], r"\['a photo'\] has none"),
         (["dog"], [], "has none"),
     ],

@@ -1,0 +1,81 @@
+"""A trained model on any data set, for the command: what ``evaluate`` finds, as a table to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from .data import load_dataset
+from .device import pick
+from .errors import LabError
+from .evaluate import evaluate
+from .panoptic import evaluate_panoptic
+from .picture import open_model
+from .results import atomic_path, run_key
+
+SHOWN = 30  # classes
+
+
+def measure(
+    model: Path,
+    dataset: str = "scenes",
+    root: Path | None = None,
+    split: str = "val",
+    size: int = 0,
+    window: int = 0,
+    images: int = 0,
+    batch_size: int = 4,
+    on_error: str = "raise",
+    panoptic: bool = False,
+    checkpoint: Path | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+) -> str:
+    """Evaluate the model of a stage's folder, see the command's help; the report as text.
+
+    An interrupted mIoU goes on from where it was. Shares are printed in percent.
+
+    Raises:
+        LabError: no trained model, data that cannot be read, or no ``panoptic`` in the framework.
+    """
+    where = pick(device)
+    network, _ = open_model(model, where, checkpoint)
+    data = load_dataset(dataset, split, root, size, images, on_error=on_error)
+    if panoptic:
+        if not hasattr(network, "panoptic"):
+            raise LabError(f"{type(network).__name__} labels pixels and has no segments; "
+                           "--panoptic needs a mask framework (han, fcclip)")  # fmt: skip
+        found = evaluate_panoptic(network, data, batch_size, where)
+        table, skipped = found.per_class, data.skipped
+        scores = {"PQ": found.pq, "SQ": found.sq, "RQ": found.rq, "PQ of things": found.pq_things,
+                  "PQ of stuff": found.pq_stuff}  # fmt: skip
+        shown = table.query("tp + fp + fn > 0")
+    else:
+        asked = {"model": str(model.resolve()), "data": dataset, "root": str(root), "split": split,
+                 "size": size, "window": window, "images": images, "batch": batch_size}  # fmt: skip
+        progress = model / "evaluations" / run_key(asked)
+        found = evaluate(network, data, batch_size, where, window=window, out=progress)
+        for file in progress.glob("*.safetensors"):  # it is done
+            file.unlink()
+        table, skipped = found.per_class, found.skipped
+        scores = {"mIoU": found.miou, "mIoU of seen names": found.miou_seen,
+                  "mIoU of unseen names": found.miou_unseen,
+                  "pixel accuracy": found.pixel_accuracy, "fwIoU": found.fwiou}  # fmt: skip
+        shown = table.query("pixels > 0").sort_values("pixels", ascending=False)
+    if out:
+        with atomic_path(out) as path:
+            table.to_csv(path, index=False)
+    percent = [c for c in ("iou", "pq", "sq", "rq") if c in shown]
+    lines = [data.title, *(f"  {name:<22}{100 * value:6.2f} %" for name, value in scores.items())]
+    lines.append(_text(shown.assign(**{c: 100 * shown[c] for c in percent}).head(SHOWN)))
+    if len(shown) > SHOWN:
+        lines.append(f"and {len(shown) - SHOWN} classes more" + ("" if out else " (see --out)"))
+    if skipped:
+        lines.append(f"{len(skipped)} images were skipped:")
+        lines += [f"  {reason}" for _, reason in skipped]
+    return "\n".join(lines)
+
+
+def _text(table: pd.DataFrame) -> str:
+    return table.to_string(index=False, float_format="%.2f", na_rep="–")
