@@ -1,0 +1,74 @@
+"""A fine-tuning that is killed and goes on ends bit for bit where it would have ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from opentrans_lab.backbone import load_backbone
+from opentrans_lab.data import load_dataset
+from opentrans_lab.finetune import freeze, freeze_stages
+from opentrans_lab.frameworks import FRAMEWORKS, build
+from opentrans_lab.masks import Mask
+from opentrans_lab.train import TrainConfig, fit
+
+STEPS = 7
+
+
+def fine_tune(framework: str, out: Path, pause: float = 0.0) -> None:
+    """Masked, with layers frozen on the way, on endless scenes; writes the weights at the end."""
+    torch.manual_seed(0)
+    options = {"han": {"teacher": load_backbone("mini", device="cpu")}, "fcclip": {"clip": "tuned"}}
+    model = build(
+        framework, load_backbone("mini", device="cpu"), "mini", **options.get(framework, {})
+    )
+    mask = Mask.by_magnitude(model.backbone.visual, 50_000)
+    data = load_dataset("scenes", "train", size=64)
+
+    def batches(start: int):
+        for batch in data.batches(2, seed=1, start=start):
+            time.sleep(pause)
+            yield batch
+
+    def objective(net, batch):
+        return model.loss(net(batch["images"]), batch)
+
+    actions = {
+        2: lambda m: freeze(m, ["layer2.0.conv2", "layer4.1.conv1"], norm=True),
+        4: lambda m: freeze_stages(m, ["stem"]),
+    }
+    config = TrainConfig(STEPS, 2, lr=1e-3, schedule="cosine", checkpoint_every=1, precision="fp32")
+    fit(model, objective, batches, config, out / "checkpoints", mask, actions, device="cpu")
+    assert mask.verify(model)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "done.safetensors")
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_sigkill_and_resume_is_bit_identical(framework, tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for folder in (killed, whole):
+        folder.mkdir()
+    command = [sys.executable, __file__, framework]
+    where = os.environ | {"OMP_NUM_THREADS": "1"}
+    kills = 0
+    for wanted in (1, 4):  # before and after layers are frozen
+        process = subprocess.Popen([*command, str(killed), "0.3"], env=where)
+        while process.poll() is None and not (killed / f"checkpoints/step-{wanted}").exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 2 and not (killed / "done.safetensors").exists()
+    for folder in (killed, whole):
+        subprocess.run([*command, str(folder), "0"], env=where, check=True, capture_output=True)
+    a, b = (load_file(folder / "done.safetensors") for folder in (killed, whole))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+if __name__ == "__main__":
+    fine_tune(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
