@@ -112,7 +112,8 @@ def evaluate(
     Args:
         window: side of the square that slides over larger pictures in steps of two thirds, its
             scores averaged; a multiple of 4, or 0 for whole pictures.
-        out: folder for progress; an interrupted evaluation goes on from there.
+        out: folder for progress; an interrupted evaluation goes on from there. What is finished
+            leaves nothing in it.
 
     Raises:
         LabError: a sample that cannot be read (unless ``dataset.on_error`` is ``"skip"``), or
@@ -152,6 +153,8 @@ def evaluate(
         for module, mode in modes.items():  # one by one: frozen parts may have had their own
             module.training = mode
     counts, skipped = _together(counts, lost + dataset.skipped)
+    if file:
+        file.unlink(missing_ok=True)
     return replace(summarise(counts.cpu(), dataset.names, dataset.seen), skipped=skipped)
 
 

@@ -291,7 +291,8 @@ def _evaluate(model: nn.Module, lab: Lab, recipe: Recipe, folder: Path) -> dict[
         if split == "shifted" and lab.dataset != "scenes":
             continue
         data = lab.data(split, limit=recipe.eval_images or None)
-        found = evaluate(model, data, recipe.batch_size, device=lab.device)
+        progress = folder / "checkpoints" / split
+        found = evaluate(model, data, recipe.batch_size, device=lab.device, out=progress)
         metrics |= {
             f"{prefix}all": 100 * found.miou,
             f"{prefix}seen": 100 * found.miou_seen,

@@ -277,6 +277,9 @@ def test_an_interrupted_evaluation_goes_on(grey_folder, tmp_path, monkeypatch, b
     again = evaluate(model, data(), 2, "cpu", progress=False, out=tmp_path / "out")
     assert torch.equal(again.confusion, whole.confusion) and again.skipped == whole.skipped
     assert 0 < len(model.asked) < 7  # not from the beginning
+    assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Dies(), data(), 2, "cpu", progress=False, out=tmp_path / "out")
     with pytest.raises(LabError, match="progress of another evaluation"):
         evaluate(model, data(), 3, "cpu", progress=False, out=tmp_path / "out")
 
