@@ -28,6 +28,7 @@ from opentrans_lab.results import (
     run_key,
     summary,
 )
+from opentrans_lab.transfer import ROWS
 
 matplotlib.use("Agg")
 
@@ -220,6 +221,25 @@ def test_the_readmes_ablation_is_what_the_published_runs_say(monkeypatch, tmp_pa
         for row, cell in zip(("ours", "ours_mask_only"), cells, strict=True):
             seen, unseen = (table.loc[terms, f"metrics.miou.{row}.{s}"] for s in ("seen", "unseen"))
             assert cell == f"{seen:.1f} / {unseen:.1f}"
+
+
+def test_the_readmes_frameworks_are_what_the_published_runs_say(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
+    monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
+    runs = collect("03_transfer").query("seed == 0 and `parameters.prune_lr` == 1e-4")
+    order = {("deeplabv3", 0.1): 0, ("han", 0.1): 1, ("fcclip", 0.1): 2, ("fcclip", 0.0): 3}
+    lines = (PROJECT / "README.md").read_text().split("one mask serve three")[1].splitlines()
+    said = {}
+    for line in lines:
+        cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and cells[0] in ROWS:
+            said[cells[0]] = cells[1:]
+    assert len(runs) == 4 and len(said) == 7
+    for run in runs.to_dict("records"):
+        column = order[run["parameters.framework"], run["parameters.backbone_lr"]]
+        for row, cells in said.items():
+            found = (run[f"metrics.miou.{row}.{split}"] for split in ("seen", "unseen"))
+            assert cells[column] == " / ".join(f"{value:.1f}" for value in found)
 
 
 def test_the_readmes_latencies_are_what_the_published_run_says(monkeypatch, tmp_path):
