@@ -163,9 +163,7 @@ def _matlab(path: Path) -> np.ndarray:
         raise LabError(f"{path} is no Matlab file with a LabelMap ({error}); restore it") from error
 
 
-def _folders(
-    images: str, labels: str, suffix: str = ".png", contiguous: bool = False
-) -> Layout:  # fmt: skip
+def _folders(images: str, labels: str, suffix: str = ".png", contiguous: bool = False) -> Layout:
     pairs = partial(_in_folders, images=images, labels=labels, suffix=suffix)
     return Layout((images, labels), pairs, contiguous, splits=TRAINING)
 

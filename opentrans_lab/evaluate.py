@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -129,33 +130,40 @@ def evaluate(
     file = Path(out) / f"evaluation-{share[0]}.safetensors" if out else None
     counts, before, lost = _resume(file, about, n_classes)
     counts, consumed, saved = counts.to(device), before, time.monotonic()
-    modes = {module: module.training for module in model.modules()}
-    model.to(device).eval()
     bar = tqdm(total=len(dataset), initial=min(before * share[1], len(dataset)), desc="evaluate",
                unit="image", disable=not progress or share[0] > 0, leave=False)  # fmt: skip
-    try:
-        # No inference mode: the model may cache embeddings now and train on them later.
-        with bar, torch.no_grad():
-            for batch in dataset.batches(
-                batch_size, start=before // batch_size, train=False, device=device, share=share
-            ):
-                for images, labels in _portions(batch, n_classes):
-                    scores = _scores(model, images, dataset.prompts, window)  # (b, C, h, w)
-                    for row, label in zip(scores, labels, strict=True):
-                        counts += confusion(predict(row, tuple(label.shape)), label, n_classes)
-                consumed += len(batch["files"])
-                bar.update(len(batch["files"]) * share[1])
-                read = consumed + len(dataset.skipped)  # whole steps, at their ends
-                if file and read % batch_size == 0 and time.monotonic() - saved > SAVE_SECONDS:
-                    _save(file, about, counts, read, lost + dataset.skipped)
-                    saved = time.monotonic()
-    finally:
-        for module, mode in modes.items():  # one by one: frozen parts may have had their own
-            module.training = mode
+    with bar, evaluating(model, device):
+        for batch in dataset.batches(
+            batch_size, start=before // batch_size, train=False, device=device, share=share
+        ):
+            for images, labels in _portions(batch, n_classes):
+                scores = _scores(model, images, dataset.prompts, window)  # (b, C, h, w)
+                for row, label in zip(scores, labels, strict=True):
+                    counts += confusion(predict(row, tuple(label.shape)), label, n_classes)
+            consumed += len(batch["files"])
+            bar.update(len(batch["files"]) * share[1])
+            read = consumed + len(dataset.skipped)  # whole steps, at their ends
+            if file and read % batch_size == 0 and time.monotonic() - saved > SAVE_SECONDS:
+                _save(file, about, counts, read, lost + dataset.skipped)
+                saved = time.monotonic()
     counts, skipped = _together(counts, lost + dataset.skipped)
     if file:
         file.unlink(missing_ok=True)
     return replace(summarise(counts.cpu(), dataset.names, dataset.seen), skipped=skipped)
+
+
+@contextmanager
+def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """``model`` on ``device`` in evaluation mode and without gradients, then as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.to(device).eval()
+    try:
+        # No inference mode: the model may cache embeddings now and train on them later.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():  # one by one: frozen parts may have had their own
+            module.training = mode
 
 
 def _portions(batch: Batch, n_classes: int) -> Iterator[tuple[Tensor, Tensor]]:

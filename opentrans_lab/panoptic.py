@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .data import Dataset
 from .device import pick
+from .evaluate import evaluating
 
 GOOD = 0.5  # IoU above which two segments are one: then a segment has one partner at most
 COLUMNS = ("iou", "tp", "fp", "fn")
@@ -108,21 +109,16 @@ def evaluate_panoptic(
     """
     device, n_classes = pick(device), len(dataset.names)
     counts = torch.zeros(n_classes, len(COLUMNS), dtype=torch.float64)
-    training = model.training
-    model.to(device).eval()
     bar = tqdm(total=len(dataset), desc="panoptic", unit="image", disable=not progress, leave=False)
-    try:
-        with bar, torch.no_grad():
-            for batch in dataset.batches(batch_size, train=False, device=device):
-                results = model.panoptic(batch["images"], dataset.prompts, dataset.things)
-                truth = zip(batch["labels"], batch["masks"], batch["classes"], strict=True)
-                for (segments, found), (labels, masks, classes) in zip(results, truth, strict=True):
-                    if segments.shape != labels.shape:
-                        segments = F.interpolate(
-                            segments[None, None].double(), labels.shape, mode="nearest-exact"
-                        )[0, 0].long()
-                    counts += count_segments(segments, found, labels, masks, classes, n_classes)
-                bar.update(len(batch["files"]))
-    finally:
-        model.train(training)
+    with bar, evaluating(model, device):
+        for batch in dataset.batches(batch_size, train=False, device=device):
+            results = model.panoptic(batch["images"], dataset.prompts, dataset.things)
+            truth = zip(batch["labels"], batch["masks"], batch["classes"], strict=True)
+            for (segments, found), (labels, masks, classes) in zip(results, truth, strict=True):
+                if segments.shape != labels.shape:
+                    segments = F.interpolate(
+                        segments[None, None].double(), labels.shape, mode="nearest-exact"
+                    )[0, 0].long()
+                counts += count_segments(segments, found, labels, masks, classes, n_classes)
+            bar.update(len(batch["files"]))
     return summarise(counts, dataset.names, dataset.things)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .device import pick
-from .evaluate import confusion, predict
+from .evaluate import confusion, evaluating, predict
 from .lab import Lab, cached
 from .loader import Dataset
 from .prune import PruneConfig
@@ -85,14 +85,13 @@ def _changed(model: nn.Module, attributes: dict[str, float]) -> Iterator[None]:
             setattr(model, name, value)
 
 
-@torch.no_grad()
 def picture_counts(
     model: nn.Module, dataset: Dataset, batch_size: int, device: str | torch.device = "auto"
 ) -> Tensor:
     """Pixels (N, 3, C) int64 of each picture: right, in the ground truth, and predicted."""
     device, found = pick(device), []
-    model.to(device).eval()
-    with tqdm(total=len(dataset), desc="parts", unit="image", leave=False) as bar:
+    bar = tqdm(total=len(dataset), desc="parts", unit="image", leave=False)
+    with bar, evaluating(model, device):
         for batch in dataset.batches(batch_size, train=False, device=device):
             scores = model.scores(batch["images"], dataset.prompts)  # (B, C, h, w)
             for one, label in zip(scores, batch["labels"], strict=True):
