@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes, roi_align
 
 from .errors import LabError
+from .processes import Chance, gathered, shared_mean
 
 GREY = 0.5
 
@@ -24,18 +25,19 @@ def region_images(masks: list[Tensor]) -> Tensor:
 
 
 def cap_regions(
-    masks: list[Tensor], classes: list[Tensor], most: int = 200
+    masks: list[Tensor], classes: list[Tensor], most: int = 200, chance: Chance | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """A random subset of at most ``most`` regions a batch, each still with its image.
+    """A random subset of at most ``most`` regions a batch (of all processes), each still with its
+    image.
 
     Differs from the authors' code, whose shuffle above the cap mixes pairs of different images.
     """
-    total = sum(len(m) for m in masks)
-    if total <= most:
+    counts = [len(m) for m in masks]
+    lots = (chance or Chance(None, masks[0].device)).rand(counts).cpu()
+    drawn = gathered(lots)
+    if len(drawn) <= most:
         return masks, classes
-    keep = torch.zeros(total, dtype=torch.bool)
-    keep[torch.randperm(total)[:most]] = True
-    parts = keep.split([len(m) for m in masks])
+    parts = (lots <= drawn.kthvalue(most).values).split(counts)
     chosen = [
         (m[k.to(m.device)], c[k.to(c.device)])
         for m, c, k in zip(masks, classes, parts, strict=True)
@@ -89,6 +91,8 @@ def kd_loss(
     plain: ||v_i - c_i||^2; text-guided, over all ordered pairs (i, j) of one image:
     (s^2 t_i·t_j - v_i·c_j)^2 with the learned scalar s.
 
+    Means are over the regions of all processes; a batch without any teaches nothing (0).
+
     Args:
         student, teacher, text: v, c, t (R, D), L2-normalised.
         image: (R,) the image of each region; pairs never leave it.
@@ -102,9 +106,6 @@ def kd_loss(
     """
     if terms not in ("both", "plain", "text") or mean not in ("joint", "two"):
         raise LabError(f"unknown terms={terms!r} or mean={mean!r}: both|plain|text and joint|two")
-    if not len(student):  # a batch without regions teaches nothing
-        nothing = student.float().sum()
-        return {"loss": nothing, "plain": nothing, "text": nothing}
     with torch.autocast(student.device.type, enabled=False):  # differences of near-equal numbers
         student, teacher, text = student.float(), teacher.float(), text.float()
         plain = (student - teacher).square().sum(1)  # (R,)
@@ -112,10 +113,9 @@ def kd_loss(
         pairs = (scale**2 * (text @ text.T) - student @ teacher.T).square()[same]  # (P,)
         used = {"both": [plain, pairs], "plain": [plain], "text": [pairs]}[terms]
         if mean == "joint":
-            loss = torch.cat(used).mean()
-        else:
-            loss = torch.stack([term.mean() for term in used]).sum()
-    return {"loss": loss, "plain": plain.mean(), "text": pairs.mean()}
+            used = [torch.cat(used)]
+        loss = sum(shared_mean(term) for term in used)
+    return {"loss": loss, "plain": shared_mean(plain), "text": shared_mean(pairs)}
 
 
 def class_loss(
@@ -131,5 +131,5 @@ def class_loss(
     """
     with torch.autocast(student.device.type, enabled=False):
         logits = student.float() @ text.float().T / temperature
-        loss = F.cross_entropy(logits, classes) if len(classes) else logits.sum()
+        loss = shared_mean(F.cross_entropy(logits, classes, reduction="none"))
     return {"loss": loss, "class": loss}

@@ -25,6 +25,7 @@ from .backbone import Backbone, frozen_copy
 from .errors import LabError
 from .losses import cap_regions, class_loss, crop_regions, kd_loss, pool_regions, region_images
 from .masks import Mask
+from .processes import Chance
 from .results import atomic_path, revision
 from .text import first_names
 from .tower import prunable
@@ -118,7 +119,8 @@ def distillation(student: Student, teacher: Backbone, config: PruneConfig) -> Ca
     """
 
     def objective(model: nn.Module, batch: dict) -> dict[str, Tensor]:
-        masks, classes = cap_regions(batch["masks"], batch["classes"])
+        chance = Chance(batch.get("seeds"), batch["images"].device)
+        masks, classes = cap_regions(batch["masks"], batch["classes"], chance=chance)
         embedded = model(batch["images"], masks)  # (R, D)
         names = teacher.text(first_names(batch["names"]))  # (C, D)
         if config.terms == "class":
@@ -144,7 +146,7 @@ def distill(
     teacher: Backbone | None = None,
 ) -> pd.DataFrame:
     """``steps`` of L_KD under a fixed mask (the KD budget of a control); returns the history."""
-    teacher = teacher or frozen_copy(backbone)
+    teacher = frozen_copy(teacher or backbone)
     student = Student(backbone)
     return fit(
         student, distillation(student, teacher, config), batches,

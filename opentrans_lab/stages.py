@@ -135,15 +135,15 @@ def row_start(lab: Lab, row: str, config: PruneConfig) -> tuple[Backbone, Mask |
     if row == "wanda":
         scores = wanda_scores(backbone, lab.batches(config.batch_size, config.seed)(0))
     mask = row_mask(row, backbone, ours.mask if ours else None, config.seed, scores)
-    if row == "ours":
-        return ours.backbone(lab), mask
-    if row in TRAINED:
+    if row in ("ours", "ours_kd"):
+        backbone = ours.backbone(lab)
+    if row in TRAINED and row != "ours":
         budget = config.dense_steps + config.rounds * config.steps
 
         def work(folder: Path) -> dict:
             distill(
                 backbone, lab.batches(config.batch_size, config.seed), config, budget, mask,
-                folder / "checkpoints", lab.device,
+                folder / "checkpoints", lab.device, teacher=lab.load(),
             )  # fmt: skip
             shutil.rmtree(folder / "checkpoints")
             _save_tower(backbone, folder / "visual.safetensors")

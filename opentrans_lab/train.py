@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from .device import bf16_pays, pick, seed_everything
 from .errors import LabError, OutOfTime
 from .masks import Mask
+from .processes import average, picture_seeds
 
 Batch = dict
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -143,7 +144,9 @@ def fit(
         if step in actions:
             actions[step](model)
             wrapped, optimizer = _frozen_apart(accelerator, model, optimizer)
-        batch = _to_device(_shard(next(stream), accelerator), accelerator.device)
+        batch = next(stream)
+        batch["seeds"] = picture_seeds(config.seed, step, len(batch["images"]))
+        batch = _to_device(_shard(batch, accelerator), accelerator.device)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * config.rate(step)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
@@ -156,13 +159,13 @@ def fit(
         pending.append({"step": step, "lr": config.lr * config.rate(step)} | _detach(losses))
 
         done = step + 1
-        last_one, late = done == config.steps, out is not None and time.time() > until
+        last_one, late = done == config.steps, out is not None and _late(until, accelerator.device)
         save = out is not None and (last_one or late or done % config.checkpoint_every == 0)
         if done % 10 == 0 or last_one or save:
-            rows += _log(pending, bar, began, (done - start) * config.batch_size)
+            rows += _log(pending, bar, began, (done - start) * config.batch_size, last)
             pending = []
         if save:
-            _save(accelerator, out, done, rows)
+            last = _save(accelerator, out, done, rows)
         if late and not last_one:
             raise OutOfTime(f"{title}: stopped at step {done} of {config.steps}")
     bar.close()
@@ -229,16 +232,20 @@ def _detach(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in losses.items()}
 
 
-def _log(pending: list[dict], bar: tqdm, began: float, images: int) -> list[dict]:
-    """Turn logged tensors into numbers; here, every few steps, the device is waited for."""
+def _log(
+    pending: list[dict], bar: tqdm, began: float, images: int, last: Path | None
+) -> list[dict]:
+    """Turn logged tensors into numbers, the means over all processes; here, every few steps, the
+    device is waited for."""
     rows = [
-        {k: float(v) if isinstance(v, Tensor) else v for k, v in row.items()} for row in pending
+        {k: float(average(v)) if isinstance(v, Tensor) else v for k, v in row.items()}
+        for row in pending
     ]
     for row in rows:
         if not math.isfinite(row["loss"]):
             raise LabError(
-                f"the loss is {row['loss']} at step {row['step']}: lower the learning rate, or "
-                "set precision='fp32'; the last checkpoint is from before"
+                f"the loss is {row['loss']} at step {row['step']}: lower the learning rate, or set "
+                f"precision='fp32'; the last good checkpoint: {last or 'none'}"
             )
     if rows:
         speed = images / (time.perf_counter() - began)
@@ -247,12 +254,19 @@ def _log(pending: list[dict], bar: tqdm, began: float, images: int) -> list[dict
     return rows
 
 
+def _late(until: float, device: torch.device) -> bool:
+    """Whether the deadline has come for any process: all of them must stop together."""
+    if math.isinf(until):
+        return False
+    return bool(average(torch.tensor(float(time.time() > until), device=device)) > 0)
+
+
 def _latest(out: Path | None) -> Path | None:
     found = list(Path(out).glob("step-*")) if out is not None else []
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
-def _save(accelerator: Accelerator, out: Path, step: int, rows: list[dict]) -> None:
+def _save(accelerator: Accelerator, out: Path, step: int, rows: list[dict]) -> Path:
     """Write ``out/step-N`` whole or not at all, then drop the older ones."""
     accelerator.wait_for_everyone()
     final, partial = Path(out) / f"step-{step}", Path(out) / f".partial-{step}"
@@ -266,3 +280,4 @@ def _save(accelerator: Accelerator, out: Path, step: int, rows: list[dict]) -> N
             if old != final:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
+    return final

@@ -18,14 +18,17 @@ from .masks import Mask
 ROWS = {
     "dense": "CLIP's weights, no mask",
     "ours": "mask and weights of Algorithm 1",
-    "ours_mask_only": "the same mask on CLIP's weights",
+    "ours_kd": "the same, after as many L_KD steps again",
+    "ours_mask_only": "our mask on CLIP's weights",
+    "ours_mask_kd": "the same, after as many L_KD steps as ours had",
     "oneshot": "largest magnitudes of CLIP's weights, one shot",
     "random_layerwise": "random, with our density in each layer",
     "random_layerwise_kd": "the same, after as many L_KD steps as ours had",
     "random_global": "random over the whole tower",
     "wanda": "weight times norm of its input, with our density in each layer",
 }
-TRAINED = ("ours", "random_layerwise_kd")  # rows whose weights have seen L_KD
+# Rows whose weights have seen L_KD.
+TRAINED = ("ours", "ours_kd", "ours_mask_kd", "random_layerwise_kd")
 
 
 def row_mask(

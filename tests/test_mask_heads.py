@@ -21,6 +21,7 @@ from opentrans_lab.heads.inference import cut, merge, pad, segment_classes
 from opentrans_lab.heads.mask2former import regions
 from opentrans_lab.losses import crop_regions, kd_loss
 from opentrans_lab.masks import Mask
+from opentrans_lab.processes import Chance
 
 TINY = {
     **MINI,
@@ -327,9 +328,10 @@ def test_region_dropout_asks_for_fewer_classes():
     logits = torch.zeros(2, 5, 13)
     logits[..., 12] = 50.0  # all say "no object": wrong for the matched ones alone
     found = [(torch.arange(len(c)), torch.arange(len(c))) for c in classes]
-    full = model.criterion.loss_classes(logits, classes, found)
+    chance = Chance(None, logits.device)
+    full = model.criterion.loss_classes(logits, classes, found, chance)
     model.criterion.region_dropout = 1.0
-    assert full > 1 and model.criterion.loss_classes(logits, classes, found) < 1e-6
+    assert full > 1 and model.criterion.loss_classes(logits, classes, found, chance) < 1e-6
 
 
 # --- the ensemble ---------------------------------------------------------------------------------

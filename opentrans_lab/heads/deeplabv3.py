@@ -13,6 +13,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from ..backbone import Backbone
 from ..errors import LabError
+from ..processes import shared_mean
 from ..scenes import IGNORE
 from ..text import ClassNames, best_name, flat_names
 from .inference import cut, pad
@@ -108,7 +109,8 @@ class DeepLabV3(nn.Module):
         labels = targets["labels"][:, stride // 2 :: stride, stride // 2 :: stride]  # (B, H, W)
         logits = self.logits(outputs, targets["names"])
         logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
-        return {"loss": F.cross_entropy(logits.float(), labels, ignore_index=IGNORE)}
+        each = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+        return {"loss": shared_mean(each, (labels != IGNORE).float())}
 
     def scores(self, images: Tensor, class_names: ClassNames) -> Tensor:
         """Class scores (B, C, h, w) for any vocabulary, as dense as ``forward``'s embeddings.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..errors import LabError
+from ..processes import Chance
 from ..text import ClassNames, best_name, flat_names
 from .mask2former import MaskFramework, Preset, full_precision, regions
 
@@ -117,7 +118,8 @@ class FCCLIP(MaskFramework):
         if self.training and self._learns_names:
             self.seen_names |= frozenset(flat_names(targets["names"])[0])
         logits = [self.logits(e, targets["names"]) for e in outputs["embeddings"]]
-        losses, _ = self.criterion(outputs["masks"], logits, *regions(targets))
+        chance = Chance(targets.get("seeds"), targets["masks"][0].device)
+        losses, _ = self.criterion(outputs["masks"], logits, *regions(targets), chance)
         return {"loss": sum(losses.values()), **losses}
 
     def probabilities(self, outputs: dict, class_names: ClassNames) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone, frozen_copy
 from ..errors import LabError
 from ..losses import cap_regions, crop_regions, kd_loss, region_images
+from ..processes import Chance
 from ..text import ClassNames, first_names
 from .mask2former import MaskFramework, Preset, regions
 
@@ -80,9 +81,10 @@ class Han(MaskFramework):
         masks, classes = regions(targets)
         embedded = [self.embed(queries) for queries in outputs["queries"]]
         logits = [self.logits(e * self.scale, targets["names"]) for e in embedded]
-        losses, matches = self.criterion(outputs["masks"], logits, masks, classes)
+        chance = Chance(targets.get("seeds"), targets["images"].device)
+        losses, matches = self.criterion(outputs["masks"], logits, masks, classes, chance)
         if self._teacher:
-            losses["kd"] = KD_WEIGHT * self._kd(embedded, matches, masks, classes, targets)
+            losses["kd"] = KD_WEIGHT * self._kd(embedded, matches, masks, classes, targets, chance)
         return {"loss": sum(losses.values()), **losses}
 
     def _kd(
@@ -92,12 +94,13 @@ class Han(MaskFramework):
         masks: list[Tensor],
         classes: list[Tensor],
         targets: dict,
+        chance: Chance,
     ) -> Tensor:
         """L_KD of each layer's matched queries, summed over layers."""
         images, (teacher,) = targets["images"], self._teacher
         counts = [len(mask) for mask in masks]
         numbers = list(torch.arange(sum(counts)).split(counts))
-        kept, numbers = cap_regions(masks, numbers, self.preset.regions)
+        kept, numbers = cap_regions(masks, numbers, self.preset.regions, chance)
         numbers, image = torch.cat(numbers), region_images(kept)  # (R,)
         words = self.backbone.text(first_names(targets["names"]))  # (C, D)
         text = words[torch.cat(classes)[numbers.to(images.device)]]  # (R, D)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
@@ -22,6 +21,8 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from ..backbone import Backbone
 from ..errors import LabError
+from ..processes import Chance, average, shared_mean
+from ..scenes import IGNORE
 from ..text import ClassNames, best_name, flat_names
 from .inference import STRIDE, cut, merge, pad
 
@@ -198,6 +199,7 @@ class SetLoss(Mask2FormerLoss):
         logits: list[Tensor],
         region_masks: list[Tensor],
         region_classes: list[Tensor],
+        chance: Chance | None = None,
     ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
         """Weighted terms, summed over layers, and the matches of each layer.
 
@@ -206,11 +208,13 @@ class SetLoss(Mask2FormerLoss):
             logits: of each layer (B, Q, C + 1), the last column for "no object".
             region_masks: of each image (K, H, W) bool, none of them empty.
             region_classes: of each image (K,) int64, a column of ``logits``.
+            chance: of each image, for the points where masks are compared and the regions dropped.
 
         Returns:
             ``class``, ``mask`` and ``dice``; and for each layer and image the matched queries and
             regions, two (min(Q, K),) int64 on the CPU.
         """
+        chance = chance or Chance(None, masks[0].device)
         with full_precision(masks[0]):
             region_masks = [m.float() for m in region_masks]
             matches: list = [None] * len(masks)
@@ -218,28 +222,44 @@ class SetLoss(Mask2FormerLoss):
             terms: dict[str, list[Tensor]] = {"class": [], "mask": [], "dice": []}
             for layer in (-1, *range(len(masks) - 1)):  # transformers' order: the same points
                 mask, logit = masks[layer].float(), logits[layer].float()
-                found = self.matcher(mask, logit, region_masks, region_classes)
-                shape = self.loss_masks(mask, region_masks, found, count)
+                found = self._match(mask, logit, region_masks, region_classes, chance)
+                with chance.torchs([len(queries) for queries, _ in found]):
+                    shape = self.loss_masks(mask, region_masks, found, count)
                 terms["mask"].append(shape["loss_mask"])
                 terms["dice"].append(shape["loss_dice"])
-                terms["class"].append(self.loss_classes(logit, region_classes, found))
+                terms["class"].append(self.loss_classes(logit, region_classes, found, chance))
                 matches[layer] = found
             weights = {name: getattr(self.config, f"{name}_weight") for name in terms}
             losses = {name: weights[name] * sum(values) for name, values in terms.items()}
         return losses, matches
 
-    def loss_classes(self, logits: Tensor, classes: list[Tensor], found: list) -> Tensor:
+    def _match(
+        self, masks: Tensor, logits: Tensor, wanted: list, classes: list, chance: Chance
+    ) -> list[tuple[Tensor, Tensor]]:
+        """transformers' matcher, image by image."""
+        found = []
+        for i in range(len(masks)):
+            one = slice(i, i + 1)
+            with chance.torchs([int(i == j) for j in range(len(masks))]):
+                found += self.matcher(masks[one], logits[one], wanted[one], classes[one])
+        return found
+
+    def loss_classes(
+        self, logits: Tensor, classes: list[Tensor], found: list, chance: Chance
+    ) -> Tensor:
         """Weighted mean over all queries; an unmatched one should say "no object"."""
         last = logits.shape[-1] - 1
         wanted = torch.full(logits.shape[:2], last, device=logits.device)  # (B, Q)
         asked = torch.cat([c[j.to(c.device)] for c, (_, j) in zip(classes, found, strict=True)])
         if self.region_dropout:
-            dropped = torch.rand(asked.shape, device=asked.device) < self.region_dropout
-            asked = asked.masked_fill(dropped, -100)
+            lots = chance.rand([len(queries) for queries, _ in found])
+            asked = asked.masked_fill(lots < self.region_dropout, IGNORE)
         wanted[self._get_predictions_permutation_indices(found)] = asked
-        weight = logits.new_ones(last + 1)
-        weight[-1] = self.eos_coef
-        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight)
+        wanted = wanted.flatten()
+        logits = logits.flatten(0, 1)
+        each = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none")
+        weight = torch.where(wanted == last, self.eos_coef, 1.0) * (wanted != IGNORE)
+        return shared_mean(each, weight)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
@@ -253,10 +273,7 @@ def masks_a_process(region_classes: list[Tensor]) -> Tensor:
     Differs from transformers, which divides the mean by the number of processes once more.
     """
     count = torch.tensor(float(sum(map(len, region_classes))), device=region_classes[0].device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count /= dist.get_world_size()
-    return count.clamp(min=1)
+    return average(count).clamp(min=1)
 
 
 def regions(targets: dict) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,0 +1,101 @@
+"""What processes that share a batch must agree on: means over all of it, each picture's chance.
+
+With these a loss is the same whether one process sees the whole batch or many see a part each and
+their gradients are averaged. In one process nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+def together() -> tuple[int, int]:
+    """(rank, number of processes): (0, 1) without ``torchrun``."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def average(count: Tensor) -> Tensor:
+    """The mean of a number over the processes; no gradient."""
+    count = count.detach().clone()
+    processes = together()[1]
+    if processes > 1:
+        dist.all_reduce(count)
+        count /= processes
+    return count
+
+
+def shared_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """This process's part of the (weighted) mean over everyone's ``values`` (N,); 0 of nothing.
+
+    The mean of the parts over the processes, which averaged gradients take, is the mean of all.
+    """
+    if weights is None:
+        weights = torch.ones_like(values)
+    total = average(weights.sum())
+    return (values * weights).sum() / torch.where(total > 0, total, 1)
+
+
+def gathered(values: Tensor) -> Tensor:
+    """Everyone's ``values`` (N,), which may differ in length, on the CPU."""
+    rank, processes = together()
+    parts: list = [None] * processes
+    parts[rank] = values.cpu()
+    if processes > 1:
+        dist.all_gather_object(parts, parts[rank])
+    return torch.cat(parts)
+
+
+def picture_seeds(seed: int, step: int, count: int) -> list[int]:
+    """A seed for each of the ``count`` pictures of a step's whole batch."""
+    return np.random.SeedSequence([seed, step]).generate_state(count, np.uint64).tolist()
+
+
+class Chance:
+    """Random numbers that belong to pictures: picture i's follow from its seed alone.
+
+    Args:
+        seeds: one a picture; without any, all draw from torch's own generator.
+    """
+
+    def __init__(self, seeds: Sequence[int] | None, device: torch.device) -> None:
+        self.device = device
+        self.own = None
+        if seeds is not None:
+            self.own = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def rand(self, rows: Sequence[int], *shape: int) -> Tensor:
+        """Uniform numbers (sum of rows, *shape), of which picture i draws the next rows[i]."""
+        if self.own is None:
+            return torch.rand(sum(rows), *shape, device=self.device)
+        parts = [
+            torch.rand(n, *shape, device=self.device, generator=generator)
+            for n, generator in zip(rows, self.own, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def torchs(self, rows: Sequence[int]) -> TorchFunctionMode:
+        """Within, ``torch.rand(n, …)`` of other people's code draws as ``rand(rows, …)`` does.
+
+        n is the sum of ``rows``.
+        """
+        return _Instead(self, rows)
+
+
+class _Instead(TorchFunctionMode):
+    def __init__(self, chance: Chance, rows: Sequence[int]) -> None:
+        super().__init__()
+        self.chance, self.rows = chance, rows
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.rand:
+            assert args[0] == sum(self.rows), f"{args[0]} rows are asked for, not {self.rows}"
+            return self.chance.rand(self.rows, *args[1:])
+        return func(*args, **(kwargs or {}))
