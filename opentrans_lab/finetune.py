@@ -122,8 +122,18 @@ def freeze_stages(model: nn.Module, stages: Iterable[str]) -> int:
     return _stop(frozen)
 
 
+def hold_norms(model: nn.Module) -> None:
+    """Leave all batch normalisation on its running statistics; its scales and shifts train on.
+
+    A picture's features then do not depend on its neighbours in the batch.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            _hold(module)
+
+
 def unfreeze(model: nn.Module) -> None:
-    """Undo everything that ``freeze`` and ``freeze_stages`` did: the model trains as before."""
+    """Undo ``freeze``, ``freeze_stages`` and ``hold_norms``: the model trains as before."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if getattr(parameter, "frozen", False):

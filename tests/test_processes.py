@@ -1,0 +1,112 @@
+"""Two processes that share a batch train as one process with all of it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from opentrans_lab.backbone import frozen_copy, load_backbone
+from opentrans_lab.data import load_dataset
+from opentrans_lab.finetune import hold_norms
+from opentrans_lab.frameworks import FRAMEWORKS, build
+from opentrans_lab.losses import cap_regions
+from opentrans_lab.processes import Chance, picture_seeds, shared_mean
+from opentrans_lab.prune import PruneConfig, Student, distillation
+from opentrans_lab.train import TrainConfig, fit
+
+STEPS = 5
+
+
+def train(what: str, out: Path) -> None:
+    """Five steps of four pictures; writes losses and the last checkpoint."""
+    torch.manual_seed(0)
+    data = load_dataset("scenes", "train", size=64)
+
+    backbone, dense = (load_backbone("mini", device="cpu") for _ in range(2))
+    if what == "distil":
+        model = Student(backbone)
+        objective = distillation(model, frozen_copy(dense), PruneConfig())
+    else:
+        options = {"han": {"teacher": dense}, "fcclip": {"clip": "tuned"}}
+        model = build(what, backbone, "mini", **options.get(what, {}))
+
+        def objective(net, batch):
+            return model.loss(net(batch["images"]), batch)
+
+    hold_norms(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    config = TrainConfig(STEPS, 4, lr=1e-3, precision="fp32")
+    batches = partial(data.batches, 4, 1)
+    history = fit(model, objective, batches, config, out / "checkpoints", device="cpu").history
+    if int(os.environ.get("RANK", 0)) == 0:
+        (out / "losses.json").write_text(json.dumps(history.to_dict("list")))
+
+
+@pytest.mark.parametrize("what", ["distil", *FRAMEWORKS])
+def test_two_processes_train_as_one_with_the_doubled_batch(what, tmp_path):
+    """Batch norm on its running statistics, no dropout; points and capped regions are seeded."""
+    found = {}
+    where = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launcher in {"one": [], "two": torchrun}.items():
+        out = tmp_path / name
+        out.mkdir()
+        command = [sys.executable, *launcher, __file__, what, str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, env=where)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[name] = json.loads((out / "losses.json").read_text())
+        assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{STEPS}"]
+    assert found["one"].keys() == found["two"].keys() and "loss" in found["one"]
+    for term, values in found["one"].items():
+        assert len(values) == STEPS
+        assert found["two"][term] == pytest.approx(values, abs=1e-4, rel=1e-4), term
+    assert len(set(found["one"]["loss"])) == STEPS
+
+
+def test_a_picture_draws_the_same_numbers_whoever_its_neighbours_are():
+    seeds = picture_seeds(3, 7, 4)
+    assert len(set(seeds)) == 4 and seeds == picture_seeds(3, 7, 4) != picture_seeds(3, 8, 4)
+    cpu = torch.device("cpu")
+    whole = Chance(seeds, cpu)
+    first, second = whole.rand([2, 0, 3, 1], 5), whole.rand([1, 1, 1, 1])
+    half = Chance(seeds[::2], cpu)
+    assert torch.equal(half.rand([2, 3], 5), torch.cat([first[:2], first[2:5]]))
+    assert torch.equal(half.rand([1, 1]), second[::2])
+    with Chance(seeds, cpu).torchs([2, 0, 3, 1]):
+        assert torch.equal(torch.rand(6, 5), first)
+    torch.manual_seed(0)
+    free = Chance(None, cpu).rand([2, 4], 5)
+    torch.manual_seed(0)
+    assert torch.equal(free, torch.rand(6, 5))
+
+
+def test_the_cap_leaves_a_random_subset_of_the_pictures_own():
+    masks = [torch.rand(n, 4, 4) < 0.5 for n in (3, 0, 5, 2)]
+    classes = [torch.arange(len(m)) for m in masks]
+    kept, names = cap_regions(masks, classes, 6, Chance(picture_seeds(0, 0, 4), masks[0].device))
+    assert sum(map(len, names)) == 6 and [len(m) for m in kept] == [len(c) for c in names]
+    for mask, name, before in zip(kept, names, masks, strict=True):
+        assert torch.equal(mask, before[name])
+
+
+def test_a_mean_of_nothing_is_nothing_and_can_be_differentiated():
+    nothing = torch.zeros(0, requires_grad=True)
+    mean = shared_mean(nothing * 2)
+    mean.backward()
+    assert mean == 0
+    values, weights = torch.tensor([1.0, 5.0]), torch.tensor([3.0, 1.0])
+    assert shared_mean(values, weights) == pytest.approx(2.0)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], Path(sys.argv[2]))
