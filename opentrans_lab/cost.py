@@ -20,7 +20,16 @@ import pandas as pd
 from torch import nn
 
 from .alpha import AUTHORS_FROZEN
-from .counter import OUTSIDE, Counted, count, fvcore, layer_costs, meta_framework, parse_size
+from .counter import (
+    OUTSIDE,
+    Counted,
+    count,
+    layer_costs,
+    meta_framework,
+    parse_size,
+    products,
+    thop,
+)
 from .errors import LabError
 from .frameworks import FRAMEWORKS
 from .masks import Mask
@@ -71,13 +80,19 @@ def cost(
 
 
 def _count(
-    framework: str | nn.Module, size: tuple[int, int], backbone: str, preset: str
+    framework: str | nn.Module,
+    size: tuple[int, int],
+    backbone: str,
+    preset: str,
+    training: bool = False,
 ) -> tuple[Counted, str]:
     """The traced model and its key in ``FRAMEWORKS``, or the name of its class."""
     if isinstance(framework, str):
-        return count(meta_framework(framework, backbone, preset), size), framework
+        model = meta_framework(framework, backbone, preset)
+        return count(model, size, training=training), framework
     keys = [key for key, builder in FRAMEWORKS.items() if type(framework) is builder]
-    return count(framework, size), keys[0] if keys else type(framework).__name__
+    counted = count(framework, size, training=training)
+    return counted, keys[0] if keys else type(framework).__name__
 
 
 def _uniform(counted: Counted, mask: Mask | None) -> pd.DataFrame:
@@ -137,8 +152,8 @@ def training_cost(
 
     ``paper`` is the reconstructed N (d T + T + H) + Nw T + (N - Nw) (T - C): the trunk's forward
     pass (at density d), its two backward passes (the gradient of its weights from Nw on without
-    the frozen convolutions' C) and the head's forward pass only. T and H are fvcore's, C is bare
-    MACs.
+    the frozen convolutions' C) and the head's forward pass only. T is thop's, H the head's matrix
+    products without those of attention, C bare MACs.
 
     ``full`` is 3 N (T + H) - (N - Nw) C with the head's backward pass, by the uniform counter, and
     with the mask in all three passes: what a perfect sparse kernel would multiply. Freezing a
@@ -165,10 +180,10 @@ def training_cost(
     size = parse_size(size)
     published = frozen is None and (images, warmup, size) == (IMAGES, WARMUP, (512, 512))
     published &= (framework, backbone, preset) == ("han", "RN50", "paper")
-    counted, key = _count(framework, size, backbone, preset)
+    counted, key = _count(framework, size, backbone, preset, training=True)
     if counted.tower is None:
         raise LabError(f"{key} has no CLIP ResNet whose layers could be frozen; wrap one in it")
-    trunk, head = (fvcore(counted.rows(part)) for part in ("trunk", "head"))
+    trunk, head = thop(counted.rows("trunk")), products(counted.rows("head"))
     layers = _convolutions(counted, mask)
     total, rows = int(counted.trace.rows["macs"].sum()), []
     for select, row, density, share in _selections(layers, mask, frozen):

@@ -125,6 +125,11 @@ class _Counter(TorchDispatchMode):
         return out
 
 
+def products(rows: pd.DataFrame) -> int:
+    """Multiply-accumulates without the scores and sums of attention (baddbmm)."""
+    return int(rows["macs"][rows["op"] != "baddbmm"].sum())
+
+
 def convolutions(rows: pd.DataFrame) -> int:
     """Multiply-accumulates of convolutions only."""
     return int(rows["macs"][rows["op"] == "convolution"].sum())
@@ -133,7 +138,7 @@ def convolutions(rows: pd.DataFrame) -> int:
 def fvcore(rows: pd.DataFrame) -> int:
     """What fvcore's FlopCountAnalysis says of these operations."""
     per_element = rows["op"].map(FVCORE).fillna(0).astype(int)
-    return int((rows["macs"] * (rows["op"] != "baddbmm") + per_element * rows["elements"]).sum())
+    return products(rows) + int((per_element * rows["elements"]).sum())
 
 
 def thop(rows: pd.DataFrame) -> int:
@@ -219,12 +224,18 @@ class Counted(NamedTuple):
         return found
 
 
-def count(model: nn.Module, size: str | tuple[int, int] = "800x1216", batch: int = 1) -> Counted:
+def count(
+    model: nn.Module,
+    size: str | tuple[int, int] = "800x1216",
+    batch: int = 1,
+    training: bool = False,
+) -> Counted:
     """Trace ``model(images)`` for ``batch`` pictures of this size. Nothing is allocated.
 
     Args:
         model: any module that takes images (B, 3, H, W); a copy goes to the meta device if it is
             elsewhere. The first CLIP ResNet in it is the trunk.
+        training: the pass of a training step (mask heads then classify after every layer).
 
     Raises:
         LabError: malformed size, or a forward pass that needs values.
@@ -234,7 +245,12 @@ def count(model: nn.Module, size: str | tuple[int, int] = "800x1216", batch: int
         model = on_meta(model)
     towers = [name for name, m in model.named_modules() if isinstance(m, ModifiedResNet)]
     tower = f"{towers[0]}.".removeprefix(".") if towers else None
-    return Counted(model, tower, trace(model, torch.empty(batch, 3, *size, device="meta")), size)
+    model.training = training  # not its modules: what drops out at random asks for values
+    try:
+        images = torch.empty(batch, 3, *size, device="meta")
+        return Counted(model, tower, trace(model, images), size)
+    finally:
+        model.training = False
 
 
 def layer_costs(counted: Counted, mask: Mask | None = None) -> pd.DataFrame:

@@ -37,12 +37,13 @@ SOURCES = pd.DataFrame(
          "no projection to text"),
         ("sparse", "flat", "all", "dense - (1 - density) x thop's trunk, not this mask; Han et "
          "al.'s printed 173.3 G is reached by no rule that we know"),
-        ("training", "fvcore", "han", "N (d T + T + H) + Nw T + (N - Nw) (T - C): N images, Nw of "
-         "them before freezing, d density, T trunk, H head, C frozen convolutions, without the "
-         "head's backward pass. One tool for T and H is a guess, made after looking at 27 "
-         "combinations (T: bare MACs, fvcore, thop; H: bare MACs with and without baddbmm, fvcore; "
-         "C: with norms at 0, 2 or 4 an element): fvcore twice is the closest for dense. "
-         "Norms in C would take low_alpha from 0.14 to 0.05 P, but the authors' code trains them"),
+        ("training", "thop, products", "han", "N (d T + T + H) + Nw T + (N - Nw) (T - C): N images,"
+         " Nw of them before freezing, d density, T thop's trunk as above, H the head's MACs "
+         "without baddbmm in a training pass, where it classifies after each of its ten layers, C "
+         "frozen convolutions; without the head's backward pass. A guess, made after looking at 28 "
+         "combinations (T: bare MACs, fvcore, thop; H: bare MACs with and without baddbmm, "
+         "fvcore, and this one; C: with norms at 0, 2 or 4 an element): the one that uses the "
+         "trunk of Table 1, and has no printed cell of dense, alpha and alpha* above 0.1 P off"),
         ("training, low_alpha", "", "han", "the 27 layers frozen in the authors' public code"),
         ("training, high_alpha", "", "han", "the other 28 less the median one, which is neither "
          f"above nor below; nobody says which it is: {MEDIAN_LAYER} stands for any of 0.537 G, "

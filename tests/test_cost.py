@@ -146,11 +146,11 @@ def test_what_thop_sees_of_fcclip_is_computed():
 def test_training_cost_rebuilds_tables_2_and_4():
     table = training_cost("han").set_index(["select", "row"])
     assert (table["frozen_macs"] / GIGA).round(3)["low_alpha"].tolist() == [19.384, 19.384]
-    rest = table["residual"].round(2)
-    assert (table["residual"] == table["paper"] - table["printed"]).all()  # all are shown
-    assert rest["none", "dense"] == rest["high_alpha", "dense"] == 0.05
-    assert rest["low_alpha", "dense"] == 0.14
-    assert 1 < rest["random", "dense"] < rest["low_alpha", "ours"] < 2.1  # these do not fit
+    rest = table["residual"]
+    assert (rest == table["paper"] - table["printed"]).all()  # all are shown
+    for select in ("none", "high_alpha", "low_alpha"):
+        assert abs(rest[select, "dense"]) < 0.1
+    assert 1.3 < rest["random", "dense"] < rest["low_alpha", "ours"] < 1.8  # these do not fit
     assert table["frozen"].tolist() == [0, 27, 27, 27, 27]
     full = table["full"]
     assert full["none", "dense"] == pytest.approx(306, rel=0.01)
