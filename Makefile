@@ -42,10 +42,11 @@ mini-clip: env  ## train the mini CLIP from scratch (about 20 minutes on two cor
 campaign: env  ## run the large grids for MINUTES minutes (MINUTES=60), going on where it stopped
 	$(BIN)/opentrans-lab campaign --minutes $(MINUTES)
 
-bench: env  ## time alpha, masks and counting against the libraries that do the same
+bench: env  ## time alpha, masks and counting against other libraries, and steps with frozen layers
 	$(BIN)/python tests/bench_alpha.py
 	$(BIN)/python tests/bench_masks.py
 	$(BIN)/python tests/bench_evaluate.py
+	$(BIN)/python tests/bench_steps.py
 
 overfit: env  ## let each framework learn 8 photographs: make overfit COCO=/data/coco (30 minutes)
 	$(BIN)/python tests/overfit_coco.py $(COCO) runs/overfit

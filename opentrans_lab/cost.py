@@ -14,6 +14,7 @@ for a vocabulary) is in neither, nor is its attention pool unless the forward pa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,7 @@ from .counter import (
     thop,
 )
 from .errors import LabError
+from .finetune import STAGES, stage_of
 from .frameworks import FRAMEWORKS
 from .masks import Mask
 from .recipes import DENSITY, MEDIAN_LAYER, RECIPES, thop_trunk
@@ -158,11 +160,11 @@ def training_cost(
     ``full`` is 3 N (T + H) - (N - Nw) C with the head's backward pass, by the uniform counter, and
     with the mask in all three passes: what a perfect sparse kernel would multiply. Freezing a
     convolution saves the gradient of its weight; the one that passes through is needed all the
-    same.
+    same, unless whole leading stages are frozen: then neither is.
 
     Args:
-        frozen: names of layers ("layer1.0.conv1") by selection; by default the paper's own
-            (Tables 2 and 4, RN50), the last of them with the mask, or with density 0.1.
+        frozen: names of layers ("layer1.0.conv1") or stages ("layer1") by selection; by default the
+            paper's own (Tables 2 and 4, RN50), the last with the mask, or with density 0.1.
         mask: with ``frozen``, of every row.
         images: N, pictures seen in all (iterations x batch). warmup: Nw, of them before freezing.
 
@@ -189,6 +191,7 @@ def training_cost(
     for select, row, density, share in _selections(layers, mask, frozen):
         own = layers["dense" if row == "dense" else "sparse"]
         less = round((share * layers["dense"]).sum())
+        ended = _ended(layers, (frozen or {}).get(select, ()))
         uniform = 3 * (total - layers["dense"].sum() + own.sum())
         rows.append(
             {
@@ -203,7 +206,7 @@ def training_cost(
                 "paper": images * (density * trunk + trunk + head)
                 + warmup * trunk
                 + (images - warmup) * (trunk - less),
-                "full": images * uniform - (images - warmup) * (share * own).sum(),
+                "full": images * uniform - (images - warmup) * ((share + ended) * own).sum(),
             }
         )
     table = pd.DataFrame(rows)
@@ -236,10 +239,11 @@ def _selections(
     """(select, row, density, share of each layer that is frozen): the user's, else the paper's."""
     density = DENSITY if mask is None else mask.density
     if frozen is not None:
-        unknown = [name for names in frozen.values() for name in names if name not in layers.index]
-        if unknown:
+        known = {*layers.index, *STAGES}
+        if unknown := [name for names in frozen.values() for name in names if name not in known]:
             raise LabError(
-                f"frozen layer {unknown[0]!r} is no convolution of the trunk; write layer1.0.conv1"
+                f"frozen layer {unknown[0]!r} is no convolution of the trunk; write "
+                "layer1.0.conv1, or layer1 for a whole stage"
             )
         row = ("dense", 1.0) if mask is None else ("ours", density)
         return [(select, *row, _share(layers, names)) for select, names in frozen.items()]
@@ -257,4 +261,11 @@ def _selections(
 
 
 def _share(layers: pd.DataFrame, names: Sequence[str]) -> pd.Series:
-    return pd.Series(layers.index.isin(list(names)), layers.index).astype(float)
+    names = set(names)
+    frozen = [name in names or stage_of(name) in names for name in layers.index]
+    return pd.Series(frozen, layers.index).astype(float)
+
+
+def _ended(layers: pd.DataFrame, names: Sequence[str]) -> pd.Series:
+    """1 for the layers of whole leading stages, where backward never comes."""
+    return _share(layers, list(takewhile(set(names).__contains__, STAGES)))

@@ -13,7 +13,7 @@ from torch import nn
 from .errors import LabError
 from .tower import FIRST, locate
 
-SELECTIONS = ("none", "low_alpha", "high_alpha", "random")
+SELECTIONS = ("none", "low_alpha", "high_alpha", "random", "prefix")
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 _FUSED = {"in_proj": "_weight", "qkv": ".weight"}  # one tensor of q, k and v; a spectrum each
 
@@ -27,6 +27,9 @@ def select_layers(
     ``high_alpha`` the others ("alpha*"), ``random`` as many at random, ``none`` nothing.
     floor(fraction · layers) are chosen: 27 of RN50's 55, as in the authors' code. Layers whose
     alpha is NaN are never chosen and do not count; a warning names them.
+
+    ``prefix`` is not the paper's: names of whole leading stages, as far as at least half of the
+    layers of each are those of ``low_alpha``. Only behind those does backward really stop.
 
     Args:
         alphas: columns ``name`` and ``alpha``, as ``layer_alphas`` gives them.
@@ -52,21 +55,18 @@ def select_layers(
     if select == "random":
         chosen = random.Random(seed).sample(list(fitted["name"]), count)
     else:
-        ranked = fitted.sort_values("alpha", ascending=select == "low_alpha", kind="stable")
+        ranked = fitted.sort_values("alpha", ascending=select != "high_alpha", kind="stable")
         chosen = ranked["name"].head(count)
     chosen = set(chosen)
+    if select == "prefix":
+        return _leading_stages(alphas, chosen)
     return [name for name in fitted["name"] if name in chosen]
 
 
-def leading_stages(alphas: pd.DataFrame, frozen: Iterable[str]) -> list[str]:
-    """The leading stages of a CLIP ResNet of which at least half of the layers are ``frozen``.
-
-    So far does a selection allow to freeze whole stages from the pictures on, which is what makes
-    a step faster: backward stops there.
-    """
-    frozen, found = set(frozen), []
+def _leading_stages(alphas: pd.DataFrame, frozen: set[str]) -> list[str]:
+    found: list[str] = []
     for stage in STAGES:
-        layers = [name for name in alphas["name"] if _stage(name) == stage]
+        layers = [name for name in alphas["name"] if stage_of(name) == stage]
         if not layers or 2 * len(frozen.intersection(layers)) < len(layers):
             break
         found.append(stage)
@@ -81,44 +81,23 @@ def freeze(model: nn.Module, names: Iterable[str], norm: bool = False) -> int:
     which is frozen if all three are named; else a warning says that it is not.
 
     Args:
-        names: of layers, as ``layer_alphas`` gives them.
+        names: of layers, as ``layer_alphas`` gives them; or of whole ``STAGES`` of a CLIP ResNet,
+            with batch normalisation and its statistics. Backward ends behind the leading ones.
         norm: also the batch normalisation behind each convolution, running statistics included.
             The authors' code, and so the default, leaves it trainable.
 
     Raises:
         LabError: a layer that the model does not have.
     """
-    found = locate(model, _parameters(names))
-    frozen = list(found.tensors.values())
-    if norm:
-        tower = model.get_submodule(found.prefix.rstrip("."))
-        for name in found.tensors:
-            frozen += _hold(_norm_behind(tower, name.removesuffix(".weight")))
-    return _stop(frozen)
-
-
-def freeze_stages(model: nn.Module, stages: Iterable[str]) -> int:
-    """Freeze whole stages of a CLIP ResNet, batch normalisation and its statistics included.
-
-    Where they are the first ones, backward stops behind them. Returns the number of weights.
-
-    Args:
-        stages: of ``STAGES``.
-
-    Raises:
-        LabError: an unknown stage, or no CLIP ResNet in the model.
-    """
-    stages = list(stages)
-    if unknown := [stage for stage in stages if stage not in STAGES]:
-        raise LabError(f"unknown stage {unknown[0]!r}; use some of {', '.join(STAGES)}")
-    found = locate(model, [FIRST, *(f"{stage}.0.conv1.weight" for stage in STAGES[1:])])
-    tower = model.get_submodule(found.prefix.rstrip("."))
-    frozen: list[nn.Parameter] = []
-    for name, module in tower.named_modules():
-        if _stage(name) in stages:
-            frozen += module.parameters(recurse=False)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                _hold(module)
+    names = list(names)
+    frozen = _stage_parameters(model, [name for name in names if name in STAGES])
+    if layers := _parameters(name for name in names if name not in STAGES):
+        found = locate(model, layers)
+        frozen += found.tensors.values()
+        if norm:
+            tower = model.get_submodule(found.prefix.rstrip("."))
+            for name in found.tensors:
+                frozen += _hold(_norm_behind(tower, name.removesuffix(".weight")))
     return _stop(frozen)
 
 
@@ -133,7 +112,7 @@ def hold_norms(model: nn.Module) -> None:
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Undo ``freeze``, ``freeze_stages`` and ``hold_norms``: the model trains as before."""
+    """Undo ``freeze`` and ``hold_norms``: the model trains as before."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if getattr(parameter, "frozen", False):
@@ -142,6 +121,21 @@ def unfreeze(model: nn.Module) -> None:
         if handle := module.__dict__.pop("_held", None):
             handle.remove()
             module.train(model.training)
+
+
+def _stage_parameters(model: nn.Module, stages: list[str]) -> list[nn.Parameter]:
+    """All parameters of whole stages, whose normalisation is held."""
+    if not stages:
+        return []
+    found = locate(model, [FIRST, *(f"{stage}.0.conv1.weight" for stage in STAGES[1:])])
+    tower = model.get_submodule(found.prefix.rstrip("."))
+    parameters: list[nn.Parameter] = []
+    for name, module in tower.named_modules():
+        if stage_of(name) in stages:
+            parameters += module.parameters(recurse=False)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                _hold(module)
+    return parameters
 
 
 def _stop(parameters: Iterable[nn.Parameter]) -> int:
@@ -176,7 +170,8 @@ def _norm_behind(tower: nn.Module, conv: str) -> nn.Module | None:
     return norm if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
 
 
-def _stage(name: str) -> str:
+def stage_of(name: str) -> str:
+    """The stage of a CLIP ResNet that a layer belongs to, one of ``STAGES`` (or "attnpool")."""
     first = name.split(".")[0]
     if first in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"):
         return "stem"

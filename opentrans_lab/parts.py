@@ -23,7 +23,7 @@ from .evaluate import confusion, evaluating, predict
 from .lab import Lab, cached
 from .loader import Dataset
 from .prune import PruneConfig
-from .stages import Recipe, segment_stage
+from .segment import Recipe, segment_stage
 
 SPLITS = ("seen", "unseen")
 

@@ -146,7 +146,7 @@ def fit(
             wrapped, optimizer = _frozen_apart(accelerator, model, optimizer)
         batch = next(stream)
         batch["seeds"] = picture_seeds(config.seed, step, len(batch["images"]))
-        batch = _to_device(_shard(batch, accelerator), accelerator.device)
+        batch = to_device(_shard(batch, accelerator), accelerator.device)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * config.rate(step)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
@@ -220,12 +220,13 @@ def _shard(batch: Batch, accelerator: Accelerator) -> Batch:
     return {k: v[mine] if isinstance(v, (Tensor, list)) else v for k, v in batch.items()}
 
 
-def _to_device(value, device: torch.device):
+def to_device(value, device: torch.device):
+    """A batch, or a part of one, with its tensors on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
-        return {k: _to_device(v, device) for k, v in value.items()}
-    return [_to_device(v, device) for v in value] if isinstance(value, list) else value
+        return {k: to_device(v, device) for k, v in value.items()}
+    return [to_device(v, device) for v in value] if isinstance(value, list) else value
 
 
 def _detach(losses: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,8 +16,7 @@ from opentrans_lab.errors import LabError
 from opentrans_lab.finetune import (
     STAGES,
     freeze,
-    freeze_stages,
-    leading_stages,
+    hold_norms,
     select_layers,
     unfreeze,
 )
@@ -83,7 +82,7 @@ def test_unfreezing_gives_the_model_back():
     model.conv2.weight.requires_grad_(False)  # the user's own doing
     free = {k for k, p in model.named_parameters() if p.requires_grad}
     freeze(model, ["conv1", "layer1.0.conv1"], norm=True)
-    freeze_stages(model, ["stem", "layer1"])
+    freeze(model, ["stem", "layer1"])
     held = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
     model.train()(images)
     still = {k for k, v in held.items() if torch.equal(model.state_dict()[k], v)}
@@ -108,7 +107,7 @@ def test_a_frozen_norm_is_the_one_behind_its_convolution():
 def test_backward_stops_behind_frozen_leading_stages(count):
     """No gradient is asked for before the first trainable stage: autograd's graph ends there."""
     model, images = nn.Sequential(tower()), torch.randn(2, 3, 64, 64)
-    weights = freeze_stages(model, STAGES[:count])
+    weights = freeze(model, STAGES[:count])
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert weights == sum(p.numel() for p in frozen)
     x, grown = images, []
@@ -120,12 +119,31 @@ def test_backward_stops_behind_frozen_leading_stages(count):
     assert grown == [False] * count + [True] * (5 - count)
 
 
-def test_how_far_a_selection_allows_whole_stages():
-    alphas = pd.DataFrame({"name": ["conv1", "conv2", "layer1.0.conv1", "layer1.0.conv2",
-                                    "layer2.0.conv1", "layer3.0.conv1"]})  # fmt: skip
-    assert leading_stages(alphas, ["conv1", "layer1.0.conv2"]) == ["stem", "layer1"]
-    assert leading_stages(alphas, ["layer1.0.conv1", "layer2.0.conv1"]) == []
-    assert leading_stages(alphas, [*alphas["name"]][:5]) == ["stem", "layer1", "layer2"]
+def test_a_prefix_is_as_far_as_half_of_each_stage_has_small_alpha():
+    names = ["conv1", "conv2", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1",
+             "layer3.0.conv1"]  # fmt: skip
+
+    def prefix(alphas, fraction=0.5):
+        return select_layers(pd.DataFrame({"name": names, "alpha": alphas}), "prefix", fraction)
+
+    assert prefix([1, 5, 5, 1, 5, 1]) == ["stem", "layer1"]
+    assert prefix([5, 5, 1, 5, 1, 1]) == []
+    assert prefix([1, 1, 1, 1, 1, 5], 5 / 6) == ["stem", "layer1", "layer2"]
+    assert prefix([1, np.nan, 1, 5, 5, 5], 2 / 5) == ["stem", "layer1"]
+
+
+def test_norms_held_keep_their_statistics_and_train_their_scales():
+    model, images = tower(), torch.randn(2, 3, 64, 64)
+    hold_norms(model)
+    before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
+    model.train()(images).sum().backward()
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    assert model.bn1.weight.grad is not None
+    one = model(images[:1])
+    torch.testing.assert_close(model(images)[:1], one)
+    unfreeze(model)
+    model(images)
+    assert not any(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
 
 @pytest.mark.parametrize("kind", ["pruned", "half frozen", "ViT"])
@@ -173,8 +191,8 @@ def test_a_fused_attention_is_frozen_whole_or_not_at_all():
 
 
 def test_unknown_words_are_refused():
-    with pytest.raises(LabError, match="unknown stage 'layer7'"):
-        freeze_stages(tower(), ["stem", "layer7"])
+    with pytest.raises(LabError, match="layer7"):
+        freeze(tower(), ["stem", "layer7"])
     with pytest.raises(LabError, match="'lowest'"):
         select_layers(ALPHAS, "lowest")
     with pytest.raises(LabError, match="fraction"):

@@ -9,7 +9,7 @@ from opentrans_lab.errors import LabError
 from opentrans_lab.lab import Lab
 from opentrans_lab.measure import measure
 from opentrans_lab.prune import PruneConfig
-from opentrans_lab.stages import Recipe, segment_stage
+from opentrans_lab.segment import Recipe, segment_stage
 
 CPU = dict(device="cpu")
 

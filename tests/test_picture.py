@@ -13,7 +13,7 @@ from opentrans_lab.frameworks import build
 from opentrans_lab.lab import Lab
 from opentrans_lab.picture import newest, read_picture, segment
 from opentrans_lab.prune import PruneConfig
-from opentrans_lab.stages import Recipe, segment_stage
+from opentrans_lab.segment import Recipe, segment_stage
 
 NAMES = ["striped red star", "grass", "plain blue circle"]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from opentrans_lab.backbone import load_backbone
 from opentrans_lab.data import load_dataset
-from opentrans_lab.finetune import freeze, freeze_stages
+from opentrans_lab.finetune import freeze
 from opentrans_lab.frameworks import FRAMEWORKS, build
 from opentrans_lab.masks import Mask
 from opentrans_lab.train import TrainConfig, fit
@@ -41,7 +41,7 @@ def fine_tune(framework: str, out: Path, pause: float = 0.0) -> None:
 
     actions = {
         2: lambda m: freeze(m, ["layer2.0.conv2", "layer4.1.conv1"], norm=True),
-        4: lambda m: freeze_stages(m, ["stem"]),
+        4: lambda m: freeze(m, ["stem"]),
     }
     config = TrainConfig(STEPS, 2, lr=1e-3, schedule="cosine", checkpoint_every=1, precision="fp32")
     fit(model, objective, batches, config, out / "checkpoints", mask, actions, device="cpu")

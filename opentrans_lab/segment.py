@@ -1,0 +1,261 @@
+"""Fine-tune a framework from a row of the transfer table, and evaluate it: a cached stage.
+
+The tables of the notebooks 03 and 04 are many of these, side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from safetensors.torch import load_file
+from torch import nn
+
+from .alpha import RESHAPES, RULES, layer_alphas
+from .cost import cost
+from .errors import LabError
+from .evaluate import evaluate
+from .finetune import SELECTIONS, STAGES, freeze, hold_norms, select_layers, unfreeze
+from .frameworks import FRAMEWORKS, PRESETS, build
+from .lab import Lab, cached
+from .prune import PruneConfig
+from .results import atomic_path
+from .stages import row_start, save_weights
+from .train import TrainConfig, fit
+from .transfer import ROWS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One fine-tuning of one framework."""
+
+    framework: str = "deeplabv3"
+    preset: str = "mini"
+    row: str = "dense"
+    """Which weights and mask to start from, see ``transfer.ROWS``."""
+    select: str = "none"
+    """Layers to freeze after the warm-up, see ``finetune.SELECTIONS``."""
+    fraction: float = 0.5
+    """Share of the layers to freeze."""
+    prefix: str = ""
+    """Stages that select="prefix" freezes, such as "stem layer1"; empty: as far as alpha allows."""
+    reshape: str = "slices"
+    rule: str = "csn"
+    warmup: float = 0.2
+    """Share of the steps before alpha is measured and layers are frozen (the paper: 10^4 of
+    5·10^4)."""
+    reselect: int = 0
+    """Steps after which alpha is measured and layers are chosen again; 0: once for all."""
+    norm: str = "train"
+    """``"eval"`` leaves all batch normalisation on its running statistics."""
+    steps: int = 100
+    batch_size: int = 16
+    lr: float = 1e-3
+    backbone_lr: float = 0.1
+    """Multiplier of ``lr`` for the backbone; 0 leaves FC-CLIP's frozen, BN included, as its authors
+    do."""
+    images: int = 0
+    """Fixed training images; 0: all of the data set, for scenes without end."""
+    eval_images: int = 128
+    """Images of each evaluation split; 0: all."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a mistyped word or an impossible number now, and not after the training."""
+        if not 0 <= self.warmup < 1 or self.steps < 1 or self.batch_size < 2 or self.reselect < 0:
+            raise LabError(
+                f"warmup={self.warmup} must lie in [0, 1), steps={self.steps} be 1 or more, "
+                f"reselect={self.reselect} 0 or more, and batch_size={self.batch_size} 2 or more "
+                "(batch normalisation needs two images)"
+            )
+        if unknown := set(self.prefix.split()).difference(STAGES):
+            raise LabError(f"unknown prefix={unknown.pop()!r}; use some of {', '.join(STAGES)}")
+        words = {
+            "framework": FRAMEWORKS,
+            "preset": PRESETS,
+            "row": ROWS,
+            "select": SELECTIONS,
+            "reshape": RESHAPES,
+            "rule": RULES,
+            "norm": ("train", "eval"),
+        }
+        for name, valid in words.items():
+            if getattr(self, name) not in valid:
+                raise LabError(
+                    f"unknown {name}={getattr(self, name)!r}; use one of {', '.join(valid)}"
+                )
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A fine-tuned and evaluated model on disk."""
+
+    folder: Path
+    metrics: dict
+    """mIoU in percent: ``seen``, ``unseen``, ``all`` (and ``shifted_...``); parameters and MACs of
+    a picture that survive in the mask (``cost``, uniform), density, frozen weights, loss,
+    images/s."""
+
+    @property
+    def history(self) -> pd.DataFrame:
+        return pd.read_csv(self.folder / "history.csv")
+
+    @property
+    def per_class(self) -> pd.DataFrame:
+        """IoU a class on the evaluation split."""
+        return pd.read_csv(self.folder / "per_class.csv")
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the layers (or stages) that are frozen in the end."""
+        chosen = sorted(self.folder.glob("frozen-*.json"))
+        return json.loads(chosen[-1].read_text()) if chosen else []
+
+    @property
+    def alphas(self) -> pd.DataFrame:
+        """What the first choice was made by, see ``alpha.layer_alphas``."""
+        return pd.read_csv(self.folder / "alphas.csv")
+
+    def model(self, lab: Lab, recipe: Recipe) -> nn.Module:
+        """The trained model, in eval mode."""
+        model = build(recipe.framework, lab.load(), recipe.preset)
+        model.load_state_dict(load_file(self.folder / "model.safetensors"))
+        return model.to(next(model.backbone.parameters()).device).eval()
+
+
+def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
+    """Start from a row, fine-tune a framework (freezing what ``select`` says), and evaluate it."""
+    params = lab.params | asdict(recipe)
+    unused = {"norm"} if recipe.norm == "train" else set()
+    if recipe.select == "none":  # then alpha is never measured
+        unused |= {"fraction", "prefix", "reshape", "rule", "warmup", "reselect"}
+    params = {key: value for key, value in params.items() if key not in unused}
+    if recipe.row != "dense":
+        params |= {f"prune_{key}": value for key, value in config.params.items()}
+    folder, metrics = cached("segment", params, lambda f: fine_tune(lab, recipe, config, f))
+    return Segmented(folder, metrics)
+
+
+def fine_tune(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
+    """The work of ``segment_stage``: fills ``folder``, returns the metrics."""
+    backbone, mask = row_start(lab, recipe.row, config)
+    model = build(recipe.framework, backbone, recipe.preset, **_options(lab, recipe))
+    if recipe.norm == "eval":
+        hold_norms(model)
+    training = TrainConfig(
+        recipe.steps, recipe.batch_size, recipe.lr, recipe.backbone_lr, schedule="cosine",
+        warmup=recipe.steps // 20, seed=recipe.seed,
+    )  # fmt: skip
+
+    def objective(wrapped: nn.Module, batch: dict) -> dict:
+        return model.loss(wrapped(batch["images"]), batch)
+
+    done = fit(
+        model, objective, lab.batches(recipe.batch_size, recipe.seed, recipe.images or None),
+        training, folder / "checkpoints", mask, _freezing(recipe, folder), lab.device,
+        title=f"{recipe.framework}, {recipe.row}, freeze {recipe.select}",
+    )  # fmt: skip
+    metrics = _evaluate(model, lab, recipe, folder)
+    save_weights(model, folder / "model.safetensors")
+    done.history.to_csv(folder / "history.csv", index=False)
+    shutil.rmtree(folder / "checkpoints")
+    trunk = [p for n, p in backbone.visual.named_parameters() if not n.startswith("attnpool.")]
+    table = cost(recipe.framework, (lab.size,) * 2, mask, lab.backbone, recipe.preset)
+    total = table.query("convention == 'uniform' and component == 'total'").iloc[0]
+    return metrics | {
+        "params": int(total["sparse_params"]),
+        "macs": int(total["sparse_macs"]),
+        "density": 1.0 if mask is None else mask.density,
+        "frozen_weights": sum(p.numel() for p in trunk if not p.requires_grad),
+        "loss": float(done.history["loss"].tail(10).mean()),
+        "images_per_second": done.images_per_second,
+    }
+
+
+def transfer_table(lab: Lab, recipe: Recipe, config: PruneConfig, rows: str) -> pd.DataFrame:
+    """``segment_stage`` for each of the space-separated ``rows``: one line a row, mIoU in %."""
+    recipes = [replace(recipe, row=row) for row in rows.split()]  # a typo shows before any work
+    found = [(r.row, segment_stage(lab, r, config)) for r in recipes]
+    return pd.DataFrame({"row": r, "starts_from": ROWS[r], **done.metrics} for r, done in found)
+
+
+def selection_table(
+    lab: Lab, recipe: Recipe, config: PruneConfig, selects: str, regimes: dict[str, dict]
+) -> pd.DataFrame:
+    """``segment_stage`` for each selection in each regime (changes to ``recipe``)."""
+    recipes = [
+        (regime, replace(recipe, select=select, **changes))
+        for regime, changes in regimes.items()
+        for select in selects.split()
+    ]
+    lines = []
+    for regime, changed in recipes:
+        done = segment_stage(lab, changed, config)
+        line = {"regime": regime, "select": changed.select, "layers_frozen": len(done.frozen)}
+        lines.append(line | done.metrics)
+    return pd.DataFrame(lines)
+
+
+def _options(lab: Lab, recipe: Recipe) -> dict:
+    """What a framework needs beside its backbone: Han et al. the dense CLIP, as a teacher."""
+    if recipe.framework == "han":
+        return {"teacher": lab.load()}
+    if recipe.framework == "fcclip":
+        return {"clip": "tuned" if recipe.backbone_lr else "frozen"}
+    return {}
+
+
+def _freezing(recipe: Recipe, folder: Path) -> dict[int, Callable[[nn.Module], None]]:
+    """What to do to the model before which step."""
+    if recipe.select == "none":
+        return {}
+    first = int(recipe.warmup * recipe.steps)
+    steps = range(first, recipe.steps, recipe.reselect) if recipe.reselect else [first]
+    return {step: partial(_freeze_by_alpha, recipe, folder, step) for step in steps}
+
+
+def _freeze_by_alpha(recipe: Recipe, folder: Path, step: int, model: nn.Module) -> None:
+    """Measure alpha and freeze; the choice is written down, so that a resumed run repeats it."""
+    choice = folder / f"frozen-{step:06d}.json"
+    if not choice.exists():
+        trunk = {
+            f"{name}.weight": module.weight.detach()
+            for name, module in model.backbone.visual.named_modules()
+            if isinstance(module, nn.Conv2d)
+        }
+        alphas = layer_alphas(trunk, reshape=recipe.reshape, rule=recipe.rule)
+        names = select_layers(alphas, recipe.select, recipe.fraction, recipe.seed + step)
+        if recipe.select == "prefix" and recipe.prefix:
+            names = recipe.prefix.split()
+        if not (folder / "alphas.csv").exists():
+            alphas.to_csv(folder / "alphas.csv", index=False)
+        with atomic_path(choice) as path:
+            path.write_text(json.dumps(names))
+    unfreeze(model)
+    if recipe.norm == "eval":
+        hold_norms(model)
+    freeze(model, json.loads(choice.read_text()))
+
+
+def _evaluate(model: nn.Module, lab: Lab, recipe: Recipe, folder: Path) -> dict[str, float]:
+    """mIoU in percent on the evaluation split, and on the shifted domain where there is one."""
+    metrics = {}
+    for split, prefix in (("val", ""), ("shifted", "shifted_")):
+        if split == "shifted" and lab.dataset != "scenes":
+            continue
+        data = lab.data(split, limit=recipe.eval_images or None)
+        progress = folder / "checkpoints" / split
+        found = evaluate(model, data, recipe.batch_size, device=lab.device, out=progress)
+        metrics |= {
+            f"{prefix}all": 100 * found.miou,
+            f"{prefix}seen": 100 * found.miou_seen,
+            f"{prefix}unseen": 100 * found.miou_unseen,
+        }
+        if not prefix:
+            found.per_class.to_csv(folder / "per_class.csv", index=False)
+    return metrics

@@ -1,0 +1,151 @@
+"""What a training step really costs when layers are frozen: time, memory and energy, measured.
+
+Beside it stand the savings on paper. Freezing a layer in the middle spares the gradient of its
+weight and nothing else; the gradient that passes through it is needed all the same, so a saving on
+paper is seldom one in seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from tqdm.auto import tqdm
+
+from .cost import training_cost
+from .device import bf16_pays, pick
+from .finetune import freeze, unfreeze
+from .train import Batch, to_device
+
+COLUMNS = ("step_s", "images_per_second", "memory_MB", "energy_J")
+
+
+def step_costs(
+    model: nn.Module,
+    objective: Callable[[Batch], dict[str, Tensor]],
+    batch: Batch,
+    frozen: Mapping[str, Sequence[str]],
+    repeats: int = 5,
+    device: str | torch.device = "auto",
+) -> pd.DataFrame:
+    """Time whole training steps (forward, backward, AdamW) on one batch, selection by selection.
+
+    The selections take turns, ``repeats`` times, so that a machine whose speed drifts slows all of
+    them. ``model`` goes to the device and is trained a little; what is frozen now stays so.
+
+    Args:
+        objective: of a batch, returns ``loss``.
+        frozen: names of layers or stages by selection, as ``freeze`` takes them; the first one is
+            what the others are held against.
+
+    Returns:
+        One row a selection: select, trainable (weights), step_s (median), images_per_second,
+        step_saving (percent of the first selection's step, median over the turns), memory_MB (on a
+        GPU the peak of a step, else what forward keeps for backward, 10^6 bytes), energy_J of a
+        step (NaN where no NVIDIA GPU tells it).
+    """
+    device = pick(device)
+    model.to(device, memory_format=torch.channels_last).train()
+    batch = to_device(batch, device)
+    optimizers, taken = {}, {select: [] for select in frozen}
+    for turn in tqdm(range(repeats + 1), desc="steps", leave=False):  # the first one warms up
+        order = list(frozen)
+        for select in order[turn % len(order) :] + order[: turn % len(order)]:
+            unfreeze(model)
+            freeze(model, frozen[select])
+            free = [p for p in model.parameters() if p.requires_grad]
+            if turn == 0:
+                optimizers[select] = torch.optim.AdamW(free, 1e-5, fused=device.type != "mps")
+            measured = _step(model, objective, batch, optimizers[select], device)
+            images = len(batch["images"]) / measured[0]
+            if turn:
+                taken[select].append((measured[0], images, *measured[1:]))
+    unfreeze(model)
+    first = np.array([line[0] for line in taken[next(iter(frozen))]])
+    rows = []
+    for select, lines in taken.items():
+        seconds = np.array([line[0] for line in lines])
+        median = dict(zip(COLUMNS, np.median(lines, axis=0), strict=True))
+        free = sum(p.numel() for group in optimizers[select].param_groups for p in group["params"])
+        saving = 100 * float(np.median(1 - seconds / first))
+        rows.append({"select": select, "trainable": free, **median, "step_saving": saving})
+    return pd.DataFrame(rows)
+
+
+def savings(
+    framework: str,
+    frozen: Mapping[str, Sequence[str]],
+    measured: pd.DataFrame,
+    **about,
+) -> pd.DataFrame:
+    """``measured`` beside what the two formulas of ``training_cost`` promise, in percent of a step.
+
+    ``paper_saving`` is the paper's formula, which leaves the head's backward pass out;
+    ``full_saving`` counts it. Both are of a step after the freezing.
+
+    Args:
+        about: of the model, as ``training_cost`` takes it (size, mask, backbone, preset).
+    """
+    paper = training_cost(framework, frozen=frozen, images=1, warmup=0, **about)
+    promised = {
+        f"{name}_saving": (100 * (1 - paper[name] / paper[name].iloc[0])).to_numpy()
+        for name in ("paper", "full")
+    }
+    return measured.assign(layers=paper["frozen"].to_numpy(), **promised)
+
+
+def _step(
+    model: nn.Module,
+    objective: Callable[[Batch], dict[str, Tensor]],
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> tuple[float, float, float]:
+    """Seconds, megabytes and joules of one step."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = _joules(device)
+    began = time.perf_counter()
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays(device))
+    with bf16, saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = objective(batch)["loss"]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if cuda:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - began
+    energy = _joules(device) - before
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = sum(size for where, size in kept.items() if where not in weights)
+    memory = torch.cuda.max_memory_allocated(device) if cuda else held
+    return seconds, memory / 1e6, energy
+
+
+def _joules(device: torch.device) -> float:
+    """Energy that the GPU has used so far, NaN where nobody tells."""
+    if device.type != "cuda" or not find_spec("pynvml"):
+        return float("nan")
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except pynvml.NVMLError:
+        return float("nan")

@@ -1,0 +1,67 @@
+"""Time a training step of a full-size CLIP RN50 with layers frozen, as ratios in one run.
+
+    python tests/bench_steps.py            (or: make bench)
+
+The selections take turns. ``low_alpha`` is the paper's: the layers that its authors froze, their
+batch normalisation trainable; ``prefix`` is stem and layer1 whole, where backward stops. Weights
+are random and pictures are noise, for neither changes the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from opentrans_lab.alpha import AUTHORS_FROZEN
+from opentrans_lab.backbone import load_backbone
+from opentrans_lab.counter import on_meta
+from opentrans_lab.device import pick
+from opentrans_lab.frameworks import build
+from opentrans_lab.speed import savings, step_costs
+
+AIM = 20.0  # percent of the trunk's step that a frozen prefix saves
+SELECTIONS = {"none": [], "low_alpha": AUTHORS_FROZEN, "prefix": ["stem", "layer1"]}
+NAMES = tuple(f"thing {i}" for i in range(20))
+
+
+def trunk(images, size):
+    """CLIP's tower alone, under a loss that reads its last map."""
+    torch.manual_seed(0)
+    model = load_backbone("RN50", "random", "cpu")
+    return model, {"images": images}, lambda b: {"loss": model(b["images"])[-1].square().mean()}
+
+
+def deeplabv3(images, size):
+    """The tower dilated, under its ASPP and a loss on every pixel."""
+    torch.manual_seed(0)
+    model = build("deeplabv3", load_backbone("RN50", "random", "cpu"), "paper")
+    labels = torch.randint(len(NAMES), (len(images), size, size))
+    batch = {"images": images, "labels": labels, "names": NAMES}
+    return model, batch, lambda b: model.loss(model(b["images"]), b)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=0, help="0: 16 on a GPU, else 4")
+    parser.add_argument("--repeats", type=int, default=5)
+    asked = parser.parse_args()
+    gpu = pick("auto").type == "cuda"
+    size, count = asked.size, asked.batch_size or (16 if gpu else 4)
+    images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    print(f"\na training step, {count} pictures of {size} pixels, {pick('auto')}")
+    for make in (trunk, deeplabv3):
+        model, batch, objective = make(images, size)
+        framework = on_meta(model)
+        found = step_costs(model, objective, batch, SELECTIONS, asked.repeats)
+        table = savings(framework, SELECTIONS, found, size=(size, size))
+        print(f"\n{make.__name__} (RN50); savings in percent of a step")
+        print(table.drop(columns="energy_J").to_string(index=False, float_format="%.3g"))
+        if make is trunk:
+            saved = table.set_index("select")["step_saving"]["prefix"]
+            print(f"stem and layer1 frozen whole: {saved:.1f} % saved (aim: {AIM:.0f} %)")
+
+
+if __name__ == "__main__":
+    main()
