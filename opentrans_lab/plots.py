@@ -259,3 +259,29 @@ def transfer(found: pd.DataFrame, scores: Sequence[str]) -> Figure:
         axis.set(title=", ".join([*words, seeds]), ylabel="mIoU (%)")
     axes[0, 0].legend()
     return fig
+
+
+def regime_map(table: pd.DataFrame, title: str = "") -> Figure:
+    """Where freezing wins (green), ties (grey) or loses (red) against full fine-tuning.
+
+    Args:
+        table: what ``claims.judged`` gives; a line a setting, a column a selection.
+    """
+    settings = [name for name in table.index.names if name != "select"]
+    wide = table.reset_index()
+    wide["setting"] = wide[settings].astype(str).agg(", ".join, axis=1)
+    wide["text"] = wide["gain"].map("{:+.1f}".format)
+    wide["text"] += wide["half"].map(lambda h: "" if np.isnan(h) else f" ± {h:.1f}")
+    wide["sign"] = wide["verdict"].map({"wins": 1.0, "loses": -1.0}).fillna(0.0)
+    rows, columns = (list(dict.fromkeys(wide[name])) for name in ("setting", "select"))
+    sign, text = (
+        wide.pivot(index="setting", columns="select", values=value).loc[rows, columns]
+        for value in ("sign", "text")
+    )
+    fig, axis = plt.subplots(figsize=(2 + 1.9 * len(columns), 1.2 + 0.5 * len(rows)))
+    sns.heatmap(sign.fillna(0), annot=text.fillna("–"), fmt="", vmin=-1, vmax=1, linewidths=1,
+                cmap=["#e59a8c", "#e8e8e8", "#9ccc9c"], cbar=False, ax=axis)  # fmt: skip
+    named = ", ".join(name.removeprefix("parameters.") for name in settings)
+    axis.set(title=title, xlabel="frozen", ylabel=named)
+    axis.tick_params(axis="y", rotation=0)
+    return fig

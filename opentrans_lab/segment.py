@@ -1,6 +1,6 @@
 """Fine-tune a framework from a row of the transfer table, and evaluate it: a cached stage.
 
-The tables of the notebooks 03 and 04 are many of these, side by side.
+The tables of the notebooks are many of these, side by side (notebook 04's: see ``selection``).
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
 def fine_tune(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
     """The work of ``segment_stage``: fills ``folder``, returns the metrics."""
     backbone, mask = row_start(lab, recipe.row, config)
-    model = build(recipe.framework, backbone, recipe.preset, **_options(lab, recipe))
+    model = build(recipe.framework, backbone, recipe.preset, **framework_options(lab, recipe))
     if recipe.norm == "eval":
         hold_norms(model)
     training = TrainConfig(
@@ -184,24 +184,7 @@ def transfer_table(lab: Lab, recipe: Recipe, config: PruneConfig, rows: str) -> 
     return pd.DataFrame({"row": r, "starts_from": ROWS[r], **done.metrics} for r, done in found)
 
 
-def selection_table(
-    lab: Lab, recipe: Recipe, config: PruneConfig, selects: str, regimes: dict[str, dict]
-) -> pd.DataFrame:
-    """``segment_stage`` for each selection in each regime (changes to ``recipe``)."""
-    recipes = [
-        (regime, replace(recipe, select=select, **changes))
-        for regime, changes in regimes.items()
-        for select in selects.split()
-    ]
-    lines = []
-    for regime, changed in recipes:
-        done = segment_stage(lab, changed, config)
-        line = {"regime": regime, "select": changed.select, "layers_frozen": len(done.frozen)}
-        lines.append(line | done.metrics)
-    return pd.DataFrame(lines)
-
-
-def _options(lab: Lab, recipe: Recipe) -> dict:
+def framework_options(lab: Lab, recipe: Recipe) -> dict:
     """What a framework needs beside its backbone: Han et al. the dense CLIP, as a teacher."""
     if recipe.framework == "han":
         return {"teacher": lab.load()}

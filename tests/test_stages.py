@@ -18,7 +18,8 @@ from opentrans_lab.finetune import SELECTIONS
 from opentrans_lab.lab import Lab, cached
 from opentrans_lab.prune import PruneConfig
 from opentrans_lab.results import runs_root
-from opentrans_lab.segment import Recipe, segment_stage, selection_table, transfer_table
+from opentrans_lab.segment import Recipe, segment_stage, transfer_table
+from opentrans_lab.selection import selection_table
 from opentrans_lab.stages import prune_stage, row_start
 from opentrans_lab.tower import prunable
 from opentrans_lab.transfer import ROWS, TRAINED
