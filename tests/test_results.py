@@ -227,6 +227,8 @@ def test_the_readmes_frameworks_are_what_the_published_runs_say(monkeypatch, tmp
     monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
     monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
     runs = collect("03_transfer").query("seed == 0 and `parameters.prune_lr` == 1e-4")
+    after_kd = runs["parameters.rows"].str.contains("ours_kd")
+    (kd,), runs = runs[after_kd].to_dict("records"), runs[~after_kd]
     order = {("deeplabv3", 0.1): 0, ("han", 0.1): 1, ("fcclip", 0.1): 2, ("fcclip", 0.0): 3}
     lines = (PROJECT / "README.md").read_text().split("one mask serve three")[1].splitlines()
     said = {}
@@ -240,6 +242,10 @@ def test_the_readmes_frameworks_are_what_the_published_runs_say(monkeypatch, tmp
         for row, cells in said.items():
             found = (run[f"metrics.miou.{row}.{split}"] for split in ("seen", "unseen"))
             assert cells[column] == " / ".join(f"{value:.1f}" for value in found)
+    sentence = next(line for line in lines if "`ours_mask_kd`" in line)
+    for row in ("ours_kd", "ours_mask_kd", "random_layerwise_kd"):
+        found = (kd[f"metrics.miou.{row}.{split}"] for split in ("seen", "unseen"))
+        assert " / ".join(f"{value:.1f}" for value in found) in sentence
 
 
 def test_the_readmes_latencies_are_what_the_published_run_says(monkeypatch, tmp_path):
