@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -106,6 +107,8 @@ def fit(
         at: actions on the model before a step, by step. When resuming past one, it is called
             again before anything is loaded, so an action must be repeatable.
 
+    Losses also go to TensorBoard, where ``OPENTRANS_TENSORBOARD`` names a folder.
+
     Raises:
         LabError: the loss is not finite (names the step), or the config is unknown.
         OutOfTime: the time in ``OPENTRANS_DEADLINE`` has come (a checkpoint is in ``out``).
@@ -138,6 +141,7 @@ def fit(
     # --- fit
     bar = tqdm(total=config.steps, initial=start, desc=title, unit="step", leave=False,
                disable=not accelerator.is_main_process)  # fmt: skip
+    board = _board(title, start) if accelerator.is_main_process else None
     began, pending = time.perf_counter(), []
     stream = batches(start) if start < config.steps else iter(())
     for step in range(start, config.steps):
@@ -162,13 +166,15 @@ def fit(
         last_one, late = done == config.steps, out is not None and _late(until, accelerator.device)
         save = out is not None and (last_one or late or done % config.checkpoint_every == 0)
         if done % 10 == 0 or last_one or save:
-            rows += _log(pending, bar, began, (done - start) * config.batch_size, last)
+            rows += _log(pending, bar, began, (done - start) * config.batch_size, last, board)
             pending = []
         if save:
             last = _save(accelerator, out, done, rows)
         if late and not last_one:
             raise OutOfTime(f"{title}: stopped at step {done} of {config.steps}")
     bar.close()
+    if board:
+        board.close()
     accelerator.free_memory()
     seconds = time.perf_counter() - began
     speed = (config.steps - start) * config.batch_size / seconds if start < config.steps else 0.0
@@ -234,7 +240,7 @@ def _detach(losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _log(
-    pending: list[dict], bar: tqdm, began: float, images: int, last: Path | None
+    pending: list[dict], bar: tqdm, began: float, images: int, last: Path | None, board
 ) -> list[dict]:
     """Turn logged tensors into numbers, the means over all processes; here, every few steps, the
     device is waited for."""
@@ -248,11 +254,27 @@ def _log(
                 f"the loss is {row['loss']} at step {row['step']}: lower the learning rate, or set "
                 f"precision='fp32'; the last good checkpoint: {last or 'none'}"
             )
+    for row in rows if board else ():
+        for name in row.keys() - {"step"}:
+            board.add_scalar(name, row[name], row["step"])
     if rows:
         speed = images / (time.perf_counter() - began)
         bar.set_postfix_str(f"loss {rows[-1]['loss']:.3f}, {speed:.0f} images/s", refresh=False)
     bar.update(len(rows))
     return rows
+
+
+def _board(title: str, start: int):
+    """TensorBoard's writer, where ``OPENTRANS_TENSORBOARD`` names a folder for it."""
+    if not (folder := os.environ.get("OPENTRANS_TENSORBOARD")):
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise LabError(
+            "OPENTRANS_TENSORBOARD is set, but TensorBoard is missing: pip install tensorboard"
+        ) from error
+    return SummaryWriter(Path(folder) / re.sub(r"[^\w.]+", "-", title), purge_step=start)
 
 
 def _late(until: float, device: torch.device) -> bool:

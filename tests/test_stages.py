@@ -1,5 +1,6 @@
 """The experiments end to end at toy size: cached, comparable, and blind to unseen names."""
 
+import json
 import os
 import shutil
 import time
@@ -9,17 +10,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from opentrans_lab import scenes, stages
+from opentrans_lab import scenes, segment
 from opentrans_lab.backbone import Backbone, mini_folder
 from opentrans_lab.batch import run_notebook
-from opentrans_lab.errors import LabError
+from opentrans_lab.errors import LabError, OutOfTime
 from opentrans_lab.finetune import SELECTIONS
 from opentrans_lab.lab import Lab, cached
 from opentrans_lab.prune import PruneConfig
 from opentrans_lab.results import runs_root
 from opentrans_lab.segment import Recipe, segment_stage, transfer_table
-from opentrans_lab.selection import selection_table
+from opentrans_lab.selection import selection_table, speed_table, together
 from opentrans_lab.stages import prune_stage, row_start
 from opentrans_lab.tower import prunable
 from opentrans_lab.transfer import ROWS, TRAINED
@@ -109,6 +111,53 @@ def test_selection_freezes_the_half_it_names():
     assert table["frozen_weights"].tolist()[0] == 0 and (table["frozen_weights"][1:] > 0).all()
 
 
+def test_layers_are_chosen_again_and_a_resumed_run_keeps_its_choices(monkeypatch):
+    recipe = replace(RECIPE, select="random", warmup=0.2, reselect=2, seed=3)
+    monkeypatch.setenv("OPENTRANS_DEADLINE", "0")
+    for _ in range(3):  # stops after every step
+        with pytest.raises(OutOfTime):
+            segment_stage(LAB, recipe, PRUNING)
+    monkeypatch.delenv("OPENTRANS_DEADLINE")
+    done = segment_stage(LAB, recipe, PRUNING)
+    choices = {p.name: json.loads(p.read_text()) for p in done.folder.glob("frozen-*.json")}
+    assert choices.keys() == {"frozen-000001.json", "frozen-000003.json"}
+    first, last = (choices[name] for name in sorted(choices))
+    assert first != last == done.frozen and len(first) == len(last)
+    start, end = LAB.load().visual, load_file(done.folder / "model.safetensors")
+    for name in {*first, *last}:  # one that was frozen only later, or only first, has trained
+        weight = start.get_parameter(f"{name}.weight")
+        assert not torch.equal(end[f"backbone.visual.{name}.weight"], weight), name
+
+
+def test_a_prefix_and_norms_that_are_held():
+    recipe = replace(RECIPE, select="prefix", warmup=0.0, norm="eval")
+    start = LAB.load().visual.state_dict()
+    for prefix, names in {"stem layer1": ("conv", "bn", "layer1"), "stem": ("conv", "bn")}.items():
+        done = segment_stage(LAB, replace(recipe, prefix=prefix), PRUNING)
+        assert done.frozen == prefix.split()
+        end = load_file(done.folder / "model.safetensors")
+        trunk = {k: v for k, v in start.items() if not k.startswith("attnpool")}
+        same = {k for k, v in trunk.items() if torch.equal(end[f"backbone.visual.{k}"], v)}
+        held = {k for k in trunk if "running" in k or "num_batches" in k}
+        assert same == held | {k for k in trunk if k.startswith(names)}
+    with pytest.raises(LabError, match="layer9"):
+        replace(recipe, prefix="stem layer9")
+
+
+def test_mask_and_selection_together():
+    regimes = {"plenty": {}, "pruned": {"row": "ours"}}
+    table = selection_table(LAB, RECIPE, PRUNING, "none low_alpha", regimes)
+    both = together(LAB, RECIPE, PRUNING, table).set_index("has")
+    assert both.index.tolist() == ["neither", "selection", "mask", "both"]
+    assert both["training"].is_monotonic_decreasing and both["training"].iloc[0] == 100
+    assert both["params_M"].tolist()[0] == both["params_M"].tolist()[1] > both["params_M"].iloc[2]
+    less = together(LAB, RECIPE, PRUNING, table[table["regime"] == "plenty"])
+    assert less["has"].tolist() == ["neither", "selection"]
+    speed = speed_table(LAB, RECIPE, PRUNING, "none low_alpha").set_index("select")
+    assert speed.loc["none", ["paper_saving", "full_saving", "step_saving"]].tolist() == [0, 0, 0]
+    assert speed.loc["low_alpha", "layers"] > 0 and (speed["step_s"] > 0).all()
+
+
 def test_the_trained_model_comes_back():
     recipe = replace(RECIPE, row="ours")
     model = segment_stage(LAB, recipe, PRUNING).model(LAB, recipe)
@@ -131,7 +180,7 @@ def test_no_unseen_pixel_or_region_enters_training(monkeypatch):
 
     monkeypatch.setattr("opentrans_lab.data.scenes.render", watch)
     monkeypatch.setattr(Backbone, "text", listen)
-    monkeypatch.setattr(stages, "_evaluate", lambda *_: {})
+    monkeypatch.setattr(segment, "_evaluate", lambda *_: {})
     pruning = replace(PRUNING, seed=77)
     for row in ("ours", "random_layerwise_kd"):
         segment_stage(LAB, replace(RECIPE, row=row, seed=77), pruning)

@@ -145,9 +145,30 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     def broken(model, batch):
         return {"loss": objective(model, batch)["loss"] * float("nan")}
 
-    with pytest.raises(LabError, match="at step 0"):
+    with pytest.raises(LabError, match="at step 0.*last good checkpoint: none"):
         fit(Model(), broken, batches, CONFIG, tmp_path, device="cpu")
     assert not list(tmp_path.glob("step-*"))
+
+    def breaks(model, batch):
+        breaks.calls += 1
+        return {"loss": objective(model, batch)["loss"] * (float("nan") if breaks.calls > 6 else 1)}
+
+    breaks.calls = 0
+    with pytest.raises(LabError, match=f"at step 6.*last good checkpoint: {tmp_path / 'step-4'}"):
+        fit(Model(), breaks, batches, CONFIG, tmp_path, device="cpu")
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-4"]
+
+
+def test_losses_go_to_tensorboard_where_a_folder_is_named(tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("OPENTRANS_TENSORBOARD", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "out", stop=10)  # the last two of these steps are made again
+    history = train(tmp_path / "out")[1].history
+    found = events.EventAccumulator(str(tmp_path / "train")).Reload()
+    losses = {event.step: event.value for event in found.Scalars("loss")}
+    assert losses == pytest.approx(dict(zip(history["step"], history["loss"], strict=True)))
+    assert set(found.Tags()["scalars"]) == {"lr", "loss"}
 
 
 def test_bf16_is_close_to_fp32():
