@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from .device import pick
 from .evaluate import confusion, evaluating, predict
+from .experiment import Recipe, segment_stage
 from .lab import Lab, cached
 from .loader import Dataset
 from .prune import PruneConfig
-from .segment import Recipe, segment_stage
 
 SPLITS = ("seen", "unseen")
 

@@ -138,14 +138,14 @@ def _step(
 
 def _joules(device: torch.device) -> float:
     """Energy that the GPU has used so far, NaN where nobody tells."""
-    if device.type != "cuda" or not find_spec("pynvml"):
-        return float("nan")
-    import pynvml
+    if device.type == "cuda" and find_spec("pynvml"):
+        import pynvml
 
-    pynvml.nvmlInit()
-    try:
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-    except pynvml.NVMLError:
-        return float("nan")
+        try:
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+        except pynvml.NVMLError:
+            pass  # an older GPU, or a container that hides it
+    return float("nan")

@@ -2,7 +2,7 @@
 
 A stage is a function of its parameters. Its folder ``runs/stages/<stage>/<key>`` is written once;
 notebooks that ask again, or another notebook that needs the same, read it. Notebooks call these
-and ``segment``'s, and hold no logic of their own.
+and ``experiment``'s, and hold no logic of their own.
 """
 
 from __future__ import annotations
