@@ -1,4 +1,8 @@
-"""Fine-tune only what is under-trained: choose layers by alpha, and freeze them (Sec. 3.3)."""
+"""Fine-tune only what is under-trained: choose layers by alpha, and freeze them (Sec. 3.3).
+
+Layers are the smallest part that can be chosen: one output channel is one row of a layer's matrix
+(of a k x k convolution, a matrix with at most k^2 eigenvalues), too little to fit a power law to.
+"""
 
 from __future__ import annotations
 

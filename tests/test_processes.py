@@ -15,7 +15,7 @@ from torch import nn
 
 from opentrans_lab.backbone import frozen_copy, load_backbone
 from opentrans_lab.data import load_dataset
-from opentrans_lab.finetune import hold_norms
+from opentrans_lab.finetune import freeze, hold_norms
 from opentrans_lab.frameworks import FRAMEWORKS, build
 from opentrans_lab.losses import cap_regions
 from opentrans_lab.processes import Chance, picture_seeds, shared_mean
@@ -47,9 +47,10 @@ def train(what: str, out: Path) -> None:
             module.p = 0.0
     config = TrainConfig(STEPS, 4, lr=1e-3, precision="fp32")
     batches = partial(data.batches, 4, 1)
-    history = fit(model, objective, batches, config, out / "checkpoints", device="cpu").history
+    at = {2: lambda m: freeze(m, ["stem", "layer2.0.conv2"])}  # nobody waits for its gradients
+    done = fit(model, objective, batches, config, out / "checkpoints", at=at, device="cpu")
     if int(os.environ.get("RANK", 0)) == 0:
-        (out / "losses.json").write_text(json.dumps(history.to_dict("list")))
+        (out / "losses.json").write_text(json.dumps(done.history.to_dict("list")))
 
 
 @pytest.mark.parametrize("what", ["distil", *FRAMEWORKS])
