@@ -6,6 +6,7 @@ the official one first, then as prepared for detectron2. No preparation is asked
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,8 @@ import numpy as np
 from scipy.io import loadmat
 
 from .errors import LabError
-from .layouts import UNKNOWN, LabelFiles, find_root, read_class_names, take_classes
+from .files import entries, find_root, lines, stems, there
+from .layouts import UNKNOWN, LabelFiles, read_class_names, take_classes
 from .loader import check_split, open_picture
 from .scenes import IGNORE
 
@@ -70,11 +72,6 @@ class BenchmarkFiles(LabelFiles):
         pairs = layout.pairs(root, layout.splits.get(split, split))
         if not pairs:
             raise LabError(f"{root} holds no picture of {split!r}: the split is empty; {told}")
-        missing = [path for pair in pairs for path in pair if not path.is_file()]
-        if missing:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise LabError(f"{missing[0]} is missing{more}; {told}")
-
         rows = [r for r in read_class_names(about.classes) if int(r["id"]) not in about.skip]
         take_classes(self, rows)
         self.table = np.full(65536, UNKNOWN, dtype=np.int32)
@@ -88,6 +85,7 @@ class BenchmarkFiles(LabelFiles):
         self.reader = layout.read
         self.shorter_side = layout.shorter_side
         self.images, self.labels = ([str(pair[k]) for pair in pairs[:limit]] for k in (0, 1))
+        self.expect(self.images + self.labels, told)
         self.size, self.length = size, len(self.images)
         self.title = f"{about.title} ({split}, {self.length} images)"
 
@@ -105,45 +103,59 @@ def _find(root: Path, about: Benchmark, split: str, told: str) -> tuple[Path, La
     places = [
         (root / folder, layout) for folder in ("", *about.folders) for layout in about.layouts
     ]
-    lost = [[p for n in _needs(x, split) if not (p := f / n).exists()] for f, x in places]
+    lost = [[p for n in _needs(x, split) if not there(p := f / n)] for f, x in places]
     for place, missing in zip(places, lost, strict=True):
         if not missing:
             return place
     # The one that lacks least of those where something is; else the official one.
     begun = [m for m, (_, x) in zip(lost, places, strict=True) if len(m) < len(x.needs)]
     official = lost[len(about.layouts)]
-    raise LabError(f"{min(begun, key=len, default=official)[0]} is missing: {told}")
+    lacking = ", ".join(map(str, min(begun, key=len, default=official)))
+    raise LabError(f"missing or empty: {lacking}; {told}")
 
 
 # --- files of each layout -----------------------------------------------------------------------
 
 
 def _in_folders(root: Path, split: str, images: str, labels: str, suffix: str) -> Pairs:
-    """Pictures of a folder, with labels of the same stem in another."""
-    found = sorted((root / images.format(split=split)).glob("*.jpg"))
-    return [(p, root / labels.format(split=split) / f"{p.stem}{suffix}") for p in found]
+    """Pictures of a folder, with labels of the same stem in another; neither may lack."""
+    images, labels = root / images.format(split=split), root / labels.format(split=split)
+    names = sorted(stems(images, ".jpg") | stems(labels, suffix))
+    return [(images / f"{name}.jpg", labels / f"{name}{suffix}") for name in names]
 
 
 def _listed(root: Path, split: str, lists: str, labels: str, suffix: str) -> Pairs:
     """Names in a text file, pictures in JPEGImages."""
-    names = (root / lists.format(split=split)).read_text().split()
+    names = lines(root / lists.format(split=split))
     return [(root / "JPEGImages" / f"{n}.jpg", root / labels / f"{n}{suffix}") for n in names]
 
 
 def _cityscapes(root: Path, split: str) -> Pairs:
-    end = "_leftImg8bit.png"
-    found = sorted((root / "leftImg8bit" / split).glob(f"*/*{end}"))
-    labels = root / "gtFine" / split
-    return [
-        (p, labels / p.parent.name / f"{p.name.removesuffix(end)}_gtFine_labelIds.png")
-        for p in found
-    ]
+    images, labels, pairs = root / "leftImg8bit" / split, root / "gtFine" / split, []
+    photo, label = "_leftImg8bit.png", "_gtFine_labelIds.png"
+    for city in sorted({*entries(images), *entries(labels)}):
+        names = [stems(f / city, end) for f, end in ((images, photo), (labels, label))
+                 if (f / city).is_dir()]  # fmt: skip
+        pairs += [
+            (images / city / f"{name}{photo}", labels / city / f"{name}{label}")
+            for name in sorted(set().union(*names))
+        ]
+    return pairs
 
 
 def _ade_full(root: Path, split: str) -> Pairs:
     """Found by their names: the index is a pickle and is not opened."""
-    found = sorted((root / "images/ADE" / split).rglob("ADE_*.jpg"))
-    return [(p, p.with_name(f"{p.stem}_seg.png")) for p in found]
+    pairs = []
+    for folder, folders, _ in os.walk(root / "images/ADE" / split):
+        folders.sort()
+        names = stems(folder, ".jpg") | stems(folder, "_seg.png")
+        place = Path(folder)
+        pairs += [
+            (place / f"{name}.jpg", place / f"{name}_seg.png")
+            for name in sorted(names)
+            if name.startswith("ADE_")
+        ]
+    return pairs
 
 
 def _ade_values(path: Path) -> np.ndarray:
@@ -157,6 +169,8 @@ def _ade_values(path: Path) -> np.ndarray:
 
 def _matlab(path: Path) -> np.ndarray:
     """``LabelMap`` (H, W) of a Matlab file."""
+    if not path.exists():
+        raise LabError(f"{path} is missing; restore the file")
     try:
         return np.asarray(loadmat(path)["LabelMap"])
     except Exception as error:  # scipy raises many kinds on a broken file
@@ -176,7 +190,11 @@ def _lists(lists: str, labels: str, suffix: str = ".png", read: Callable | None 
 # --- the benchmarks -----------------------------------------------------------------------------
 
 _VOC = _lists("ImageSets/Segmentation/{split}.txt", "SegmentationClass")
-_VOC_PLACES = ("VOC2012", "VOCdevkit/VOC2012")
+_VOC_PLACES = ("VOC2012", "VOCdevkit/VOC2012", "pascal_voc_d2")
+_VOC20, _VOC21 = (
+    _folders("images/{split}", f"annotations_pascal{n}/{{split}}", contiguous=True)
+    for n in (20, 21)
+)
 _VOC_SOURCE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
 _CONTEXT = _lists("ImageSets/Main/{split}.txt", "trainval", ".mat", _matlab)
 _CONTEXT_PLACES = ("VOC2010", "VOCdevkit/VOC2010", "pascal_ctx_d2")
@@ -209,12 +227,12 @@ BENCHMARKS = {
         "https://ade20k.csail.mit.edu (ADE20K_2021_17_01)", ignored=(*range(26 * 256),),
     ),
     "voc20": Benchmark(
-        "PASCAL VOC 2012, 20 classes", "voc", _VOC_PLACES, (_VOC,), _VOC_SOURCE,
-        ignored=(0, 255), skip=(0,),
+        "PASCAL VOC 2012, 20 classes", "voc", _VOC_PLACES, (_VOC, _VOC20),
+        _VOC_SOURCE, ignored=(0, 255), skip=(0,),
     ),
     "voc21": Benchmark(
-        "PASCAL VOC 2012, 20 classes and background", "voc", _VOC_PLACES, (_VOC,), _VOC_SOURCE,
-        ignored=(255,),
+        "PASCAL VOC 2012, 20 classes and background", "voc", _VOC_PLACES,
+        (_VOC, _VOC21), _VOC_SOURCE, ignored=(255,),
     ),
     "pc59": Benchmark(
         "Pascal-Context 59", "pc59", _CONTEXT_PLACES,

@@ -14,6 +14,7 @@ from . import scenes
 from .benchmarks import BENCHMARKS, BenchmarkFiles
 from .device import pick
 from .errors import LabError
+from .files import unreadable
 from .layouts import CocoPanoptic, Folder
 from .loader import Batch, Dataset, check_split
 from .scenes import IGNORE
@@ -41,8 +42,8 @@ def load_dataset(
             shorter side of the image (default: as it is on disk).
         limit: use the first ``limit`` samples only. Scenes in training are endless without it.
         jitter: large-scale jitter in training (0.1 to 2 times ``size``); not for ``scenes``.
-        on_error: ``"skip"`` leaves out what cannot be read in evaluation, and lists it in
-            ``.skipped``; ``"raise"`` stops. Training always stops.
+        on_error: ``"skip"`` leaves out what is missing or cannot be read in evaluation, and lists
+            it in ``.skipped``; ``"raise"`` stops. Training always stops.
 
     Empty values (``None``, 0, ``""``) mean the default.
 
@@ -56,8 +57,13 @@ def load_dataset(
             raise LabError(f"{name}={value} must be positive, or 0 for the default")
     if on_error not in ("raise", "skip"):
         raise LabError(f"unknown on_error={on_error!r}; use 'raise' or 'skip'")
-    data = DATASETS[dataset](split, data_root or None, size or None, limit or None)
+    try:
+        data = DATASETS[dataset](split, data_root or None, size or None, limit or None)
+    except OSError as error:
+        raise unreadable(error) from error
     data.jitter, data.on_error = jitter, on_error
+    if on_error == "raise":
+        data.complete()
     return data
 
 
@@ -71,6 +77,7 @@ class Scenes(Dataset):
     SPLITS = {"train": ("base", "seen"), "val": ("base", "all"), "shifted": ("shifted", "all")}
     ALL = 2**31  # scenes of one world that are told apart
     EVALUATED = 512  # without a limit
+    instances = True
 
     def __init__(self, split: str, data_root: object, size: int | None, limit: int | None) -> None:
         check_split(split, self.SPLITS, "scenes")

@@ -28,6 +28,7 @@ class Checked:
     classes: pd.DataFrame = field(repr=False)  # id, name, seen, images, share (of the labelled)
     ignored: float = 0.0  # fraction of the pixels
     sizes: Counter = field(default_factory=Counter, repr=False)  # (height, width) -> images
+    missing: int = 0  # files
 
     @property
     def fine(self) -> bool:
@@ -44,7 +45,8 @@ class Checked:
             f"  classes            {len(self.classes)}, {int(self.classes['seen'].sum())} of them "
             "seen in segmentation training",
             f"  classes never seen {len(never)}" + (f": {_few(never)}" if never else ""),
-            f"  broken             {len(self.broken)}",
+            f"  files missing      {self.missing}",
+            f"  images not read    {len(self.broken)}",
         ]
         lines += [f"    {reason}" for _, reason in self.broken[:20]]
         if len(self.broken) > 20:
@@ -61,11 +63,11 @@ def check(
         picture: where to save an overlay of up to four images.
 
     Raises:
-        LabError: files or folders are missing, so that there is nothing to look at.
+        LabError: folders or lists are missing, so that nobody knows what should be there.
     """
-    data = load_dataset(dataset, split, root, on_error="skip")
-    if data.length > 100_000 or dataset == "scenes":
+    if dataset == "scenes":
         raise LabError(f"dataset={dataset!r} is made, not read: there are no files to check")
+    data = load_dataset(dataset, split, root, on_error="skip")
     count = len(data.names)
     pixels = torch.zeros(count + 1, dtype=torch.int64)  # the last: ignored
     images, sizes, shown = torch.zeros(count, dtype=torch.int64), Counter(), []
@@ -93,7 +95,8 @@ def check(
         "images": images.tolist(), "share": (pixels[:count].double() / labelled).tolist(),
     })  # fmt: skip
     ignored = float(pixels[count] / max(int(pixels.sum()), 1))
-    return Checked(data.title, sum(sizes.values()), data.skipped, table, ignored, sizes)
+    return Checked(data.title, sum(sizes.values()), data.skipped, table, ignored, sizes,
+                   len(data.missing))  # fmt: skip
 
 
 def _few(names: list[str], most: int = 12) -> str:

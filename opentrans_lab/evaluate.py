@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -24,6 +25,7 @@ from .data import IGNORE, Batch, Dataset
 from .device import pick
 from .errors import LabError
 from .heads.inference import cut
+from .processes import together
 from .results import atomic_path
 from .text import ClassNames
 
@@ -68,11 +70,15 @@ def iou(confusion: Tensor) -> Tensor:
 def miou(confusion: Tensor, subset: Tensor | None = None) -> float:
     """Mean IoU over the classes that occur in the ground truth, the benchmarks' rule.
 
+    Equal to numpy's mean of their IoUs to the last bit; NaN where there are none.
+
     ``subset`` (C,) bool restricts the mean, not the confusion: a seen class still loses where
     an unseen one is predicted.
     """
-    values = iou(confusion)
-    return float((values if subset is None else values[subset.to(values.device)]).nanmean())
+    values = iou(confusion).cpu()
+    values = values if subset is None else values[subset.cpu()]
+    values = values[~values.isnan()]
+    return float(values.numpy().mean()) if len(values) else math.nan
 
 
 def predict(scores: Tensor, size: tuple[int, int]) -> Tensor:
@@ -120,13 +126,16 @@ def evaluate(
         LabError: a sample that cannot be read (unless ``dataset.on_error`` is ``"skip"``), or
             ``out`` holds the progress of another evaluation.
     """
-    if window % 4:
-        raise LabError(f"window={window} must be a multiple of 4, or 0 for whole pictures")
-    device, share, n_classes = pick(device), _share(), len(dataset.names)
+    if window % 4 or window < 0 or batch_size < 1:
+        raise LabError(f"window={window} must be a multiple of 4, or 0 for whole pictures, and "
+                       f"batch_size={batch_size} 1 or more")  # fmt: skip
+    device, share, n_classes = pick(device), together(), len(dataset.names)
     about = {
         "data": dataset.title, "names": list(dataset.names), "size": dataset.size or 0,
         "batch_size": batch_size, "window": window, "share": list(share),
     }  # fmt: skip
+    if out:
+        about |= {"files": dataset.fingerprint(), "weights": _digest(model)}
     file = Path(out) / f"evaluation-{share[0]}.safetensors" if out else None
     counts, before, lost = _resume(file, about, n_classes)
     counts, consumed, saved = counts.to(device), before, time.monotonic()
@@ -201,18 +210,20 @@ def _places(length: int, window: int) -> list[int]:
 # --- several processes, and interruptions -------------------------------------------------------
 
 
-def _share() -> tuple[int, int]:
-    """(this process, all processes)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+def _digest(model: nn.Module) -> str:
+    """The model's weights in a word: progress is not to be mixed with that of others."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _together(counts: Tensor, skipped: list) -> tuple[Tensor, list]:
     """The sum of all processes' counts, and what any of them skipped."""
-    if _share()[1] > 1:
+    if (processes := together()[1]) > 1:
         dist.all_reduce(counts)
-        parts: list = [None] * _share()[1]
+        parts: list = [None] * processes
         dist.all_gather_object(parts, skipped)
         skipped = [entry for part in parts for entry in part]
     return counts, sorted(map(tuple, skipped))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from filelock import FileLock
 
 from .backbone import Backbone, load_backbone, mini_folder
 from .data import load_dataset
+from .files import entries
 from .results import atomic_path, run_key, runs_root
 
 
@@ -30,12 +32,15 @@ class Lab:
     size: int = 128
     """Side of the training pictures in pixels (the paper: 512)."""
     device: str = "auto"
+    jitter: bool = False
+    """Large-scale jitter of the training pictures (data sets on disk)."""
 
     @property
     def params(self) -> dict:
         """What the results depend on: contents of files and not their names, not the device."""
         known = asdict(self) | {"checkpoint": self._weights(), "data_root": self._root()}
-        return {key: value for key, value in known.items() if key != "device"}
+        unused = ("device",) if self.jitter else ("device", "jitter")
+        return {key: value for key, value in known.items() if key not in unused}
 
     def _weights(self) -> str:
         """The content of the weights file, or the tag."""
@@ -66,9 +71,23 @@ class Lab:
         return load_dataset(self.dataset, split, self.data_root or None, size=self.size, **options)
 
     def batches(self, batch_size: int, seed: int, limit: int | None = None) -> Callable:
-        """``batches(start)`` of the training split for ``fit``."""
-        train = self.data("train", limit=limit)
+        """``batches(start)`` of the training split for ``fit``.
+
+        A folder without a split ``train`` is trained on what else it has beside ``val``, and a
+        warning says so.
+        """
+        train = self.data(self._training_split(), limit=limit, jitter=self.jitter)
         return lambda start: train.batches(batch_size, seed=seed, start=start, device=self.device)
+
+    def _training_split(self) -> str:
+        images = Path(self._root()) / "images"
+        if self.dataset != "folder" or not images.is_dir() or (images / "train").exists():
+            return "train"
+        others = [n for n in entries(images) if n != "val" and (images / n).is_dir()]
+        if not others:
+            return "train"  # whose error names what there is
+        warnings.warn(f"{images} has no train: {others[0]!r} is trained on", stacklevel=3)
+        return others[0]
 
 
 def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path, dict]:

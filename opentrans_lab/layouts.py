@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 
 from .errors import LabError
+from .files import entries, find_root, read_csv
 from .loader import FileDataset, check_split, open_picture
 from .scenes import IGNORE
 
@@ -26,6 +25,7 @@ class CocoPanoptic(FileDataset):
     Crowd segments count as labels but are no regions. Pixels of no segment are ignored.
     """
 
+    instances = True
     LAYOUT = (
         "COCO-Panoptic needs annotations/panoptic_{split}2017.json, the PNG folder "
         "panoptic_{split}2017/ in annotations/ or beside the images, and {split}2017/*.jpg; "
@@ -50,8 +50,9 @@ class CocoPanoptic(FileDataset):
         classes = read_class_names("coco")
         take_classes(self, classes)
         images, labels, tables = _read_panoptic(index, {int(r["label"]): r for r in classes}, limit)
-        self.images = _present(root / f"{split}2017", images, index)
-        self.labels = _present(pngs, labels, index)
+        self.images = [str(root / f"{split}2017" / name) for name in images]
+        self.labels = [str(pngs / name) for name in labels]
+        self.expect(self.images + self.labels, f"but {index} asks for it")
         # One array for all images: workers share it, where a list of objects would be copied.
         self.tables = np.concatenate(tables)
         self.ends = np.cumsum([len(t) for t in tables])
@@ -122,7 +123,6 @@ class LabelFiles(FileDataset):
     listing: object  # what lists the values, for errors
     always_ignored = False  # 255 in 8 bit and 65535 in 16 bit, whatever the table says
     reader: Callable[[Path], np.ndarray] | None = None  # default: a picture of one channel
-    labels: list[str]
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
         """Each class that is present is one region."""
@@ -132,7 +132,11 @@ class LabelFiles(FileDataset):
         if self.always_ignored:
             table = table.copy()
             table[255 if raw.dtype.itemsize == 1 else 65535] = IGNORE
-        found = table[raw.astype(np.int32).clip(0, 65535)]
+        if raw.dtype.kind == "f" and (raw == raw.round()).all():
+            raw = raw.astype(np.int64)  # Matlab's numbers
+        if raw.dtype.kind not in "iu":
+            raise LabError(f"{path} holds values of type {raw.dtype}; labels are whole numbers")
+        found = np.where((raw >= 0) & (raw < len(table)), table[raw.clip(0, 65535)], UNKNOWN)
         if (found == UNKNOWN).any():
             value = int(raw[found == UNKNOWN][0])
             raise LabError(f"{path} holds the label value {value}, which {self.listing}")
@@ -162,32 +166,30 @@ class Folder(LabelFiles):
         root = find_root("folder", data_root, ("OPENTRANS_DATA",), self.LAYOUT)
         if not (root / "images").is_dir():
             raise LabError(f"{root / 'images'} is missing: {self.LAYOUT}")
-        check_split(split, sorted(p.name for p in (root / "images").iterdir() if p.is_dir()), root)
+        folders = entries(root / "images")
+        check_split(split, [name for name in folders if (root / "images" / name).is_dir()], root)
         self.names, self.table = _read_classes(root / "classes.csv")
         self.prompts, self.always_ignored = self.names, True
         remedy = "add it there (with ignore = 1 if it is no class)"
         self.listing = f"{root / 'classes.csv'} does not list; {remedy}"
         self.seen = torch.ones(len(self.names), dtype=torch.bool)
         self.things = torch.zeros(len(self.names), dtype=torch.bool)
-        found = [
-            path
-            for path in sorted((root / "images" / split).iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        ]
+        images, labels = root / "images" / split, root / "labels" / split
+        found = [n for n in entries(images) if Path(n).suffix.lower() in IMAGE_SUFFIXES][:limit]
         if not found:
-            raise LabError(f"{root / 'images' / split} holds no images: the split is empty")
-        self.images = [str(path) for path in found[:limit]]
-        names = [f"{path.stem}.png" for path in found[:limit]]
-        if not (root / "labels" / split).is_dir():
-            raise LabError(f"{root / 'labels' / split} is missing: {self.LAYOUT}")
-        self.labels = _present(root / "labels" / split, names, root / "images" / split)
+            raise LabError(f"{images} holds no images: the split is empty")
+        if not labels.is_dir():
+            raise LabError(f"{labels} is missing: {self.LAYOUT}")
+        self.images = [str(images / name) for name in found]
+        self.labels = [str(labels / f"{Path(name).stem}.png") for name in found]
+        self.expect(self.labels, f"but {images} asks for it")
         self.size, self.length = size, len(self.images)
         self.title = f"{root.resolve().name} ({split}, {self.length} images)"
 
 
 def _read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """Names in the order of their ids, and a table (65536,) int32 from label value to class id."""
-    rows = _read_csv(path, ("id", "name"))
+    rows = read_csv(path, ("id", "name"))
     flags = {"": False, "0": False, "false": False, "1": True, "true": True}
     entries: dict[int, tuple[str, bool]] = {}
     for line, row in enumerate(rows, start=2):
@@ -210,7 +212,7 @@ def _read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(names), table
 
 
-# --- shared by the layouts ----------------------------------------------------------------------
+# --- class tables -------------------------------------------------------------------------------
 
 
 def read_class_names(benchmark: str) -> list[dict[str, str]]:
@@ -219,7 +221,7 @@ def read_class_names(benchmark: str) -> list[dict[str, str]]:
     ``prompts`` are separated by ``|``, ``kind`` is thing or stuff, and ``label`` is the value in
     the official label files.
     """
-    return _read_csv(CLASS_NAMES / f"{benchmark}.csv", ("id", "name", "prompts", "kind", "label"))
+    return read_csv(CLASS_NAMES / f"{benchmark}.csv", ("id", "name", "prompts", "kind", "label"))
 
 
 def take_classes(dataset: FileDataset, rows: list[dict[str, str]]) -> None:
@@ -232,39 +234,3 @@ def take_classes(dataset: FileDataset, rows: list[dict[str, str]]) -> None:
     dataset.names = tuple(prompts[0] for prompts in dataset.prompts)
     dataset.seen = torch.tensor([not coco.isdisjoint(prompts) for prompts in dataset.prompts])
     dataset.things = torch.tensor([row["kind"] == "thing" for row in rows])
-
-
-def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [c for c in columns if c not in (reader.fieldnames or ())]
-            rows = [] if missing else list(reader)
-    except FileNotFoundError:
-        raise LabError(f"{path} is missing; it lists the classes ({', '.join(columns)})") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise LabError(f"{path} is not a UTF-8 comma-separated table ({error})") from error
-    if missing:
-        raise LabError(f"{path} has no column {missing[0]!r}; its first line must name it")
-    return rows
-
-
-def find_root(key: str, given: str | Path | None, variables: tuple[str, ...], layout: str) -> Path:
-    sources = {"data_root": given} | {v: os.environ.get(v) for v in variables}
-    for source, value in sources.items():
-        if value:
-            if not Path(value).expanduser().is_dir():
-                raise LabError(f"{source}={value} is not a folder: {layout}")
-            return Path(value).expanduser()
-    others = " or ".join(variables)
-    raise LabError(f"dataset={key!r} needs data_root (or the variable {others}): {layout}")
-
-
-def _present(folder: Path, names: list[str], lists: Path) -> list[str]:
-    """Paths of all ``names``, checked with one look at the folder."""
-    there = {entry.name for entry in os.scandir(folder)}
-    missing = [name for name in names if name not in there]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise LabError(f"{folder / missing[0]} is missing{more}, but {lists} asks for it")
-    return [str(folder / name) for name in names]

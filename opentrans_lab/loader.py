@@ -15,11 +15,11 @@ benchmarks count there, while the image may be reduced.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import count, groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,16 +27,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from .device import pick
 from .errors import LabError
+from .files import missing
 from .scenes import IGNORE
 from .text import ClassNames
+from .transforms import Look, fit_square, floored, look, scaled
 
 TRAIN_SIZE = 512  # the paper's
-GREY = 128  # of the padding: close to CLIP's mean colour
 
 Batch = dict
 Keys = list[tuple[int, int]]  # (sample, its position in the stream, which seeds its augmentation)
@@ -52,11 +52,27 @@ class Dataset:
     things: Tensor  # (C,) bool: countable? All False where nothing tells things from stuff
     size: int | None
     length: int
+    instances = False  # are things told apart, so that two of a class are two regions?
+    missing: Sequence[str] = ()  # files that the data set asks for, see ``complete``
     on_error = "raise"  # or "skip", in evaluation: an unreadable sample is listed in ``skipped``
     skipped: list[tuple[str, str]] = []  # file and reason, of the last evaluation
 
     def __len__(self) -> int:
         return self.length
+
+    def complete(self) -> None:
+        """Refuse a data set that lacks files.
+
+        Raises:
+            LabError: names the first of them.
+        """
+        if self.missing:
+            more = f" (and {len(self.missing) - 1} more)" if len(self.missing) > 1 else ""
+            raise LabError(f"{self.missing[0]} is missing{more}, {self.asked}")
+
+    def fingerprint(self) -> str:
+        """What the samples are: changes with the files' names and sizes."""
+        return self.title
 
     def batches(
         self,
@@ -96,14 +112,6 @@ class Dataset:
             yield keys
 
 
-class Look(NamedTuple):
-    """How a training picture is shown."""
-
-    flip: bool = False
-    scale: float = 1.0  # of the picture, whose longer side then is scale · size
-    place: tuple[float, float] = (0.0, 0.0)  # of the cut in what is too large, (down, right), 0..1
-
-
 class FileDataset(Dataset):
     """Images and labels on disk. A subclass lists the samples and reads one sample's segments.
 
@@ -112,8 +120,19 @@ class FileDataset(Dataset):
     """
 
     images: list[str]  # paths
+    labels: list[str]
     shorter_side = 0  # larger pictures are reduced to it on reading, labels too
     jitter = False  # large-scale jitter in training: scales of 0.1 to 2
+
+    def expect(self, paths: list[str], asked: str) -> None:
+        """Look which of these files are not there; ``asked`` says who wants them."""
+        self.missing, self.asked = missing(paths), asked
+
+    def fingerprint(self) -> str:
+        found = hashlib.sha256(self.title.encode())
+        for path in map(Path, self.images + self.labels):
+            found.update(f"{path} {path.stat().st_size if path.is_file() else None}\n".encode())
+        return found.hexdigest()
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
         """Segment map (H, W) int32, class ids (S,), which are regions (S,) bool, the label file."""
@@ -165,13 +184,13 @@ class FileDataset(Dataset):
         image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
         mask = tv_tensors.Mask(torch.from_numpy(found))
         if self.shorter_side and min(found.shape) > self.shorter_side:
-            size = _scaled(*found.shape, self.shorter_side / min(found.shape))
-            image, mask = F.resize(image, size, antialias=True), _picked(mask, size)
+            size = scaled(*found.shape, self.shorter_side / min(found.shape))
+            image, mask = F.resize(image, size, antialias=True), floored(mask, size)
         if train:
             image, mask = fit_square(image, mask, self.size or TRAIN_SIZE, look)
         elif self.size:
             h, w = image.shape[-2:]
-            image = F.resize(image, _scaled(h, w, self.size / min(h, w)), antialias=True)
+            image = F.resize(image, scaled(h, w, self.size / min(h, w)), antialias=True)
         here = np.bincount(mask.numpy().ravel() + 1, minlength=len(classes) + 1)[1:] > 0
         return {
             "image": image.as_subclass(Tensor),
@@ -210,22 +229,13 @@ class _Reader:
     def __getitem__(self, keys: Keys) -> tuple[list[dict], list[tuple[str, str]]]:
         samples, errors = [], []
         for index, position in keys:
-            look = _look(self.seed, position, self.dataset.jitter)
+            shown = look(self.seed, position, self.dataset.jitter)
             try:
-                samples.append(self.dataset.load(index, look, self.train))
+                samples.append(self.dataset.load(index, shown, self.train))
             except LabError as error:  # as words: a worker would bury them in a traceback
                 errors.append((self.dataset.images[index], str(error)))
         groups = groupby(samples, lambda s: (s["image"].shape, s["segments"].shape))
         return [_collate(list(group)) for _, group in groups], errors
-
-
-def _look(seed: int, position: int, jitter: bool) -> Look:
-    random = np.random.default_rng([seed, 1, position])
-    flip = bool(random.integers(2))
-    if not jitter:
-        return Look(flip)
-    scale, down, right = random.uniform([0.1, 0, 0], [2, 1, 1])
-    return Look(flip, scale, (down, right))
 
 
 def _collate(samples: list[dict]) -> dict:
@@ -242,42 +252,14 @@ def _as_is(loaded: object) -> object:
     return loaded
 
 
-def fit_square(
-    image: tv_tensors.Image, mask: tv_tensors.Mask, size: int, look: Look
-) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """Longer side to ``look.scale`` · ``size``, aspect kept, then cut or padded right and below.
-
-    image (3, H, W) uint8 -> (3, size, size), padded grey; mask (H, W) -> (size, size), padded
-    with -1. The mask is only picked from: ``nearest-exact`` takes the pixel under the centre,
-    plain nearest would shift it against the image by up to half a pixel.
-    """
-    h, w = _scaled(*image.shape[-2:], look.scale * size / max(image.shape[-2:]))
-    image, mask = F.resize(image, [h, w], antialias=True), _picked(mask, [h, w])
-    if look.flip:
-        image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
-    if h > size or w > size:
-        down, right = (round(p * max(0, n - size)) for p, n in zip(look.place, (h, w), strict=True))
-        h, w = min(h, size), min(w, size)
-        image, mask = (F.crop(x, down, right, h, w) for x in (image, mask))
-    padding = [0, 0, size - w, size - h]
-    return F.pad(image, padding, fill=GREY), F.pad(mask, padding, fill=-1)
-
-
-def _picked(mask: tv_tensors.Mask, size: list[int]) -> tv_tensors.Mask:
-    exact = InterpolationMode.NEAREST_EXACT
-    return tv_tensors.Mask(F.resize_image(mask[None].as_subclass(Tensor), size, exact)[0])
-
-
-def _scaled(height: int, width: int, scale: float) -> list[int]:
-    return [max(1, round(height * scale)), max(1, round(width * scale))]
-
-
 def open_picture(path: Path) -> Image.Image:
     """A decoded picture."""
     try:
         with Image.open(path) as picture:
             picture.load()
             return picture
+    except FileNotFoundError:
+        raise LabError(f"{path} is missing; restore the file") from None
     except Exception as error:  # Pillow's decoders raise many kinds on a broken file
         raise LabError(f"{path} cannot be decoded ({error}); restore the file") from error
 

@@ -15,6 +15,7 @@ from .picture import open_model
 from .results import atomic_path, run_key
 
 SHOWN = 30  # classes
+PATH_CHECK = "a path check: the mini CLIP knows no photographs"
 
 
 def measure(
@@ -37,11 +38,19 @@ def measure(
     An interrupted mIoU goes on from where it was. Shares are printed in percent.
 
     Raises:
-        LabError: no trained model, data that cannot be read, or no ``panoptic`` in the framework.
+        LabError: no trained model, data that cannot be read, ``out`` is a folder, or no panoptic
+            quality of this framework or data.
     """
+    if out and out.is_dir():
+        raise LabError(f"{out} is a folder; name a file for the table, such as {out / 'iou.csv'}")
+    if panoptic and window:
+        raise LabError("--panoptic looks at whole pictures: leave --window out")
     where = pick(device)
     network, _ = open_model(model, where, checkpoint)
     data = load_dataset(dataset, split, root, size, images, on_error=on_error)
+    title = data.title
+    if dataset != "scenes" and network.backbone.name == "mini":
+        title += f"; {PATH_CHECK}"
     if panoptic:
         if not hasattr(network, "panoptic"):
             raise LabError(f"{type(network).__name__} labels pixels and has no segments; "
@@ -61,11 +70,12 @@ def measure(
                   "mIoU of unseen names": found.miou_unseen,
                   "pixel accuracy": found.pixel_accuracy, "fwIoU": found.fwiou}  # fmt: skip
         shown = table.query("pixels > 0").sort_values("pixels", ascending=False)
+    table.insert(0, "data", title)
     if out:
         with atomic_path(out) as path:
             table.to_csv(path, index=False)
     percent = [c for c in ("iou", "pq", "sq", "rq") if c in shown]
-    lines = [data.title, *(f"  {name:<22}{100 * value:6.2f} %" for name, value in scores.items())]
+    lines = [title, *(f"  {name:<22}{100 * value:6.2f} %" for name, value in scores.items())]
     lines.append(_text(shown.assign(**{c: 100 * shown[c] for c in percent}).head(SHOWN)))
     if len(shown) > SHOWN:
         lines.append(f"and {len(shown) - SHOWN} classes more" + ("" if out else " (see --out)"))

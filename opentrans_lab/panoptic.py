@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .data import Dataset
 from .device import pick
+from .errors import LabError
 from .evaluate import evaluating
 
 GOOD = 0.5  # IoU above which two segments are one: then a segment has one partner at most
@@ -104,9 +105,17 @@ def evaluate_panoptic(
 ) -> PanopticQuality:
     """Panoptic quality of a framework with ``panoptic`` on a split, at the labels' resolution.
 
-    Data whose labels are one picture an image have one region a class, so their things are not
-    told apart, and the quality is that of stuff.
+    Raises:
+        LabError: labels that do not tell things of one class apart (all data but COCO and the
+            scenes: their labels are one class a pixel).
     """
+    if not dataset.instances:
+        raise LabError(
+            f"{dataset.title}: no panoptic quality, since its labels do not tell two things of a "
+            "class apart; use coco or scenes"
+        )
+    if batch_size < 1:
+        raise LabError(f"batch_size={batch_size} must be 1 or more")
     device, n_classes = pick(device), len(dataset.names)
     counts = torch.zeros(n_classes, len(COLUMNS), dtype=torch.float64)
     bar = tqdm(total=len(dataset), desc="panoptic", unit="image", disable=not progress, leave=False)

@@ -18,10 +18,11 @@ from .backbone import load_backbone
 from .device import pick
 from .errors import LabError
 from .frameworks import build
-from .loader import GREY, open_picture
+from .loader import open_picture
 from .overlays import compare, overlay
 from .results import runs_root
 from .text import ClassNames, flat_names
+from .transforms import GREY
 
 LEAST = 32  # pixels a side: the trunk's stride
 

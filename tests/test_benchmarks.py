@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,17 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from torchvision import tv_tensors
 
 from opentrans_lab.benchmarks import BENCHMARKS
+from opentrans_lab.cli import main
 from opentrans_lab.data import DATASETS, IGNORE, load_dataset
 from opentrans_lab.datacheck import check
 from opentrans_lab.errors import LabError
 from opentrans_lab.layouts import read_class_names
+from opentrans_lab.transforms import floored
 
-REAL = Path(__file__).parents[2] / "shared" / "data"
+REAL = Path(os.environ.get("OPENTRANS_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 SIZES = {"cityscapes": 19, "ade150": 150, "ade847": 847, "voc20": 20, "voc21": 21, "pc59": 59,
          "pc459": 459}  # fmt: skip
 
@@ -110,6 +114,8 @@ PREPARED = {
                ".png", np.uint8),
     "ade847": ("ADE20K_2021_17_01/images_detectron2/{}",
                "ADE20K_2021_17_01/annotations_detectron2/{}", ".tif", np.uint16),
+    "voc20": ("pascal_voc_d2/images/{}", "pascal_voc_d2/annotations_pascal20/{}", ".png", np.uint8),
+    "voc21": ("pascal_voc_d2/images/{}", "pascal_voc_d2/annotations_pascal21/{}", ".png", np.uint8),
     "pc59": ("pascal_ctx_d2/images/{}", "pascal_ctx_d2/annotations_ctx59/{}", ".png", np.uint8),
     "pc459": ("pascal_ctx_d2/images/{}", "pascal_ctx_d2/annotations_ctx459/{}", ".tif", np.uint16),
 }  # fmt: skip
@@ -162,16 +168,29 @@ def test_a_value_of_no_class_names_file_and_value(key, value, tmp_path):
 @pytest.mark.parametrize("key", BENCHMARKS)
 def test_what_is_missing_is_named_with_its_source(key, tmp_path):
     about = BENCHMARKS[key]
-    with pytest.raises(LabError, match="is missing.*official source: http") as error:
+    with pytest.raises(LabError, match="missing or empty: .*official source: http") as error:
         load_dataset(key, "val", tmp_path)
     assert about.folders[0] in str(error.value) and about.source in str(error.value)
-    write(key, tmp_path, [[1, 2]] if key != "cityscapes" else [[7, 8]])
-    label = next(p for p in tmp_path.rglob("*") if p.is_file() and (
-        "SegmentationClass" in str(p) or "annotations" in str(p) or "gtFine" in str(p)
-        or p.suffix == ".mat" or "_seg" in p.name))  # fmt: skip
-    label.unlink()
-    with pytest.raises(LabError, match=f"{label.name} is missing"):
-        load_dataset(key, "val", tmp_path)
+    for name in ("first", "second", "third"):
+        write(key, tmp_path, [[1, 2]] if key != "cityscapes" else [[7, 8]], name)
+    files = sorted(p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".txt")
+    files[0].with_name(f"._{files[0].name}").write_text("")  # macOS leaves these
+    labels = [p for p in files if "SegmentationClass" in str(p) or "annotations" in str(p)
+              or "gtFine" in str(p) or p.suffix == ".mat" or "_seg" in p.name]  # fmt: skip
+    (label,) = (p for p in labels if "first" in p.name)
+    (image,) = (p for p in files if p not in labels and "second" in p.name)
+    for lost in (label, image):
+        lost.rename(lost.with_name("elsewhere"))
+        with pytest.raises(LabError, match=f"{lost.name} is missing"):
+            load_dataset(key, "val", tmp_path)
+        data = load_dataset(key, "val", tmp_path, on_error="skip")
+        assert len(list(data.batches(1, train=False))) == 2 and len(data) == 3
+        assert [reason for _, reason in data.skipped] == [f"{lost} is missing; restore the file"]
+        found = check(key, "val", tmp_path)
+        assert found.missing == 1 and found.images == 2 and not found.fine
+        lost.with_name("elsewhere").rename(lost)
+    image.unlink()  # the first alone is looked at
+    assert len(load_dataset(key, "val", tmp_path, limit=1)) == 1
 
 
 def test_a_broken_matlab_file_and_a_grey_ade_label_are_named(tmp_path):
@@ -244,6 +263,65 @@ def test_real_subsets_are_whole(key, root, images):
     found = check(key, "val", root)
     assert found.fine and found.images == images
     assert found.classes["share"].sum() == pytest.approx(1)
+
+
+THINGS = {"coco": 80, "cityscapes": 8, "ade150": 100, "voc": 20}
+
+
+def test_things_of_every_benchmark():
+    for key in ("coco", "cityscapes", "ade150", "ade847", "voc", "pc59", "pc459"):
+        rows = read_class_names(key)
+        things = {row["name"] for row in rows if row["kind"] == "thing"}
+        assert len(things) == THINGS.get(key, len(things)) and 0 < len(things) < len(rows)
+        assert not things & {row["name"] for row in rows if row["kind"] == "stuff"}
+        if key == "ade847":  # what ADE20K-150 says of the same name holds here
+            kinds = {row["name"]: row["kind"] for row in read_class_names("ade150")}
+            assert all(row["kind"] == kinds.get(row["name"], row["kind"]) for row in rows)
+
+
+@pytest.mark.parametrize("fault", [None, "broken", "missing", "root", "scenes"])
+def test_data_check_has_an_exit_code(fault, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        write("voc20", tmp_path, [[1, 2]], name)
+    picture = tmp_path / "VOCdevkit/VOC2012/JPEGImages/b.jpg"
+    if fault == "broken":
+        picture.write_bytes(b"")
+    elif fault == "missing":
+        picture.unlink()
+    root = tmp_path / "nowhere" if fault == "root" else tmp_path
+    key = "scenes" if fault == "scenes" else "voc20"
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", key, "--root", str(root), "--picture", "seen.png"])
+    told = "".join(capsys.readouterr())
+    assert ended.value.code == int(fault is not None)
+    if fault in ("broken", "missing"):
+        assert "b.jpg" in told and f"files missing      {int(fault == 'missing')}" in told
+    assert Path("seen.png").exists() == (fault in (None, "broken", "missing"))
+
+
+def test_labels_are_reduced_as_opencv_does():
+    """cv2.INTER_NEAREST takes floor(i · in / out); torch's centred nearest would not."""
+    label = torch.arange(7)[:, None].repeat(1, 5)
+    assert floored(tv_tensors.Mask(label), [3, 5])[:, 0].tolist() == [0, 2, 4]
+    wide = torch.arange(1000)[None].repeat(2, 1)
+    reduced = floored(tv_tensors.Mask(wide), [2, 683])[0]
+    assert reduced.tolist() == [int(i * 1000 / 683 + 1e-9) for i in range(683)]
+
+
+def test_an_empty_folder_of_official_labels_gives_way_to_prepared_ones(tmp_path):
+    write("ade150", tmp_path, [[1, 0]])
+    root = tmp_path / "ADEChallengeData2016"
+    (root / "annotations/validation/a.png").unlink()
+    png(root / "annotations_detectron2/validation/a.png", np.array([[5, 6]], np.uint8))
+    (batch,) = load_dataset("ade150", "val", root).batches(1, train=False)
+    assert batch["labels"][0].tolist() == [[5, 6]]
+
+
+def test_lists_may_have_more_columns(tmp_path):
+    write("voc20", tmp_path, [[1, 2]])
+    (tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").write_text("a -1\n\n")
+    assert len(load_dataset("voc20", "val", tmp_path)) == 1
 
 
 def test_all_keys():

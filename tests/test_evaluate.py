@@ -201,15 +201,27 @@ def test_evaluate_on_scenes_splits_seen_and_unseen():
     assert result.miou_unseen == 0
 
 
-@pytest.mark.parametrize("n", [3, 150])
-def test_torchmetrics_counts_the_same(n):
+def agree_to_the_last_bit(pred: torch.Tensor, label: torch.Tensor, n: int) -> None:
+    """Ours, torchmetrics' counts, and numpy's mean of plain IoUs."""
     from torchmetrics.classification import MulticlassConfusionMatrix
 
-    rng = torch.Generator().manual_seed(n)
+    counts = confusion(pred, label, n)
+    assert torch.equal(counts, MulticlassConfusionMatrix(n, ignore_index=IGNORE)(pred, label))
+    expected = list(plain_ious(pred.numpy(), label.numpy(), n).values())
+    assert miou(counts) == np.mean(expected) if expected else math.isnan(miou(counts))
+
+
+@pytest.mark.parametrize("n", [3, 7, 150, 847])
+@pytest.mark.parametrize("seed", range(4))
+def test_numpy_and_torchmetrics_agree_to_the_last_bit(n, seed):
+    rng = torch.Generator().manual_seed(seed)
     label = torch.randint(-1, n, (2, 40, 30), generator=rng)
-    pred = torch.randint(0, n, (2, 40, 30), generator=rng)
-    oracle = MulticlassConfusionMatrix(n, ignore_index=IGNORE)
-    assert torch.equal(confusion(pred, label, n), oracle(pred, label))
+    agree_to_the_last_bit(torch.randint(0, n, (2, 40, 30), generator=rng), label, n)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_they_agree_on_adversarial_cases(case):
+    agree_to_the_last_bit(*(torch.tensor(x) for x in CASES[case]), n=5)
 
 
 SHARED = """
@@ -222,9 +234,10 @@ from test_evaluate import ByColour
 dist.init_process_group("gloo")
 data = load_dataset("folder", "val", sys.argv[2], on_error="skip")
 found = evaluate(ByColour(), data, 2, "cpu", progress=False)
-torch.save({"counts": found.confusion, "skipped": found.skipped}, f"{sys.argv[3]}/{dist.get_rank()}.pt")
+about = {"counts": found.confusion, "miou": found.miou, "skipped": found.skipped}
+torch.save(about, f"{sys.argv[3]}/{dist.get_rank()}.pt")
 dist.destroy_process_group()
-"""  # noqa: E501
+"""
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -248,7 +261,7 @@ def test_two_processes_count_what_one_counts(grey_folder, tmp_path, broken):
     assert len(one.skipped) == int(broken)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(found["counts"], one.confusion)
+        assert torch.equal(found["counts"], one.confusion) and found["miou"] == one.miou
         assert found["skipped"] == one.skipped
 
 
@@ -280,8 +293,15 @@ def test_an_interrupted_evaluation_goes_on(grey_folder, tmp_path, monkeypatch, b
     assert not list((tmp_path / "out").iterdir())
     with pytest.raises(KeyboardInterrupt):
         evaluate(Dies(), data(), 2, "cpu", progress=False, out=tmp_path / "out")
-    with pytest.raises(LabError, match="progress of another evaluation"):
+    refused = pytest.raises(LabError, match="progress of another evaluation")
+    with refused:
         evaluate(model, data(), 3, "cpu", progress=False, out=tmp_path / "out")
+    with refused, torch.no_grad():  # the same name, other weights
+        model.scale += 1
+        evaluate(model, data(), 2, "cpu", progress=False, out=tmp_path / "out")
+    Image.new("RGB", (9, 9)).save(root / "images/val/2.png")  # and other files
+    with refused:
+        evaluate(ByColour(), data(), 2, "cpu", progress=False, out=tmp_path / "out")
 
 
 class Where(nn.Module):
@@ -308,8 +328,9 @@ def test_a_sliding_window_covers_everything_in_place():
 
 
 def test_windows_that_do_not_fit_are_refused(grey_folder):
-    with pytest.raises(LabError, match="window=30"):
-        evaluate(ByColour(), load_dataset("folder", "val", grey_folder), window=30)
+    for wrong in ({"window": 30}, {"window": -4}, {"batch_size": 0}):
+        with pytest.raises(LabError, match="=".join(map(str, *wrong.items()))):
+            evaluate(ByColour(), load_dataset("folder", "val", grey_folder), **wrong)
 
 
 MEMORY = """

@@ -35,6 +35,7 @@ def test_it_finds_what_the_stage_found(trained, tmp_path):
     assert f"{done.metrics['all']:.2f} %" in told and f"{done.metrics['unseen']:.2f} %" in told
     table = pd.read_csv(tmp_path / "t.csv")
     assert np.allclose(table["iou"], done.per_class["iou"], equal_nan=True)
+    assert set(table["data"]) == {"mini lab scenes (val, 5 images)"}  # no path check
     assert not list((done.folder / "evaluations").rglob("*.safetensors"))
 
 
@@ -54,6 +55,13 @@ def test_another_data_set_with_a_broken_image(trained, tmp_path):
     told = measure(trained("deeplabv3").folder, on_error="skip", window=36, **where)
     assert "1 images were skipped" in told and "1.png cannot be decoded" in told
     assert "sky" in told and "road" not in told  # the only picture of road is broken
+    assert "(val, 3 images); a path check: the mini CLIP" in told
+    (tmp_path / "tables").mkdir()
+    with pytest.raises(LabError, match="tables is a folder"):
+        measure(trained("deeplabv3").folder, on_error="skip", out=tmp_path / "tables", **where)
+    for mistake, words in (({}, "no panoptic quality"), ({"window": 36}, "leave --window out")):
+        with pytest.raises(LabError, match=words):
+            measure(trained("fcclip").folder, panoptic=True, **mistake, **where)
 
 
 def test_panoptic_quality_of_a_mask_framework_only(trained):

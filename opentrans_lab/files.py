@@ -1,0 +1,93 @@
+"""Files and folders of a data set: found with one look at each folder, missed by name."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import LabError
+
+
+def entries(folder: Path | str) -> list[str]:
+    """Names in a folder, sorted, without hidden ones (macOS leaves ``._`` twins of pictures).
+
+    Raises:
+        LabError: not there, not a folder, or not readable.
+    """
+    try:
+        return sorted(e.name for e in os.scandir(folder) if not e.name.startswith("."))
+    except OSError as error:
+        raise unreadable(error) from error
+
+
+def unreadable(error: OSError) -> LabError:
+    """What the system says of a file, in words that name it."""
+    return LabError(
+        f"{error.filename} cannot be read ({error.strerror}); it must be there, be a folder where "
+        "one is expected, and allow reading"
+    )
+
+
+def there(path: Path) -> bool:
+    """Whether a file exists, or a folder with something in it."""
+    return bool(entries(path)) if path.is_dir() else path.exists()
+
+
+def lines(path: Path) -> list[str]:
+    """The first word of each line of a list."""
+    try:
+        return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise unreadable(error) from error
+    except UnicodeDecodeError as error:
+        raise LabError(f"{path} is no list of names in text ({error}); restore it") from error
+
+
+def stems(folder: Path | str, suffix: str) -> set[str]:
+    """What stands before ``suffix`` in the names of a folder."""
+    return {name.removesuffix(suffix) for name in entries(folder) if name.endswith(suffix)}
+
+
+def missing(paths: Iterable[str]) -> list[str]:
+    """Those that are not there."""
+    known: dict[str, set[str]] = {}
+    lost = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in known:
+            known[folder] = set(entries(folder)) if os.path.exists(folder) else set()
+        if name not in known[folder]:
+            lost.append(path)
+    return lost
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """Rows of a table that has these columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [c for c in columns if c not in (reader.fieldnames or ())]
+            rows = [] if missing else list(reader)
+    except FileNotFoundError:
+        raise LabError(f"{path} is missing; it lists the classes ({', '.join(columns)})") from None
+    except OSError as error:
+        raise unreadable(error) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise LabError(f"{path} is not a UTF-8 comma-separated table ({error})") from error
+    if missing:
+        raise LabError(f"{path} has no column {missing[0]!r}; its first line must name it")
+    return rows
+
+
+def find_root(key: str, given: str | Path | None, variables: tuple[str, ...], layout: str) -> Path:
+    """The folder that is ``given``, else the one that a variable names."""
+    sources = {"data_root": given} | {v: os.environ.get(v) for v in variables}
+    for source, value in sources.items():
+        if value:
+            if not Path(value).expanduser().is_dir():
+                raise LabError(f"{source}={value} is not a folder: {layout}")
+            return Path(value).expanduser()
+    others = " or ".join(variables)
+    raise LabError(f"dataset={key!r} needs data_root (or the variable {others}): {layout}")
