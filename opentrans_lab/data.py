@@ -104,6 +104,7 @@ class Scenes(Dataset):
         train: bool = True,
         device: str | torch.device = "cpu",
         share: tuple[int, int] = (0, 1),
+        regions: bool = True,
     ) -> Iterator[Batch]:
         device = pick(device)
         ids = torch.cat([self.ids, torch.tensor([IGNORE])]).to(device)  # label -1 -> the last

@@ -143,8 +143,9 @@ def evaluate(
                unit="image", disable=not progress or share[0] > 0, leave=False)  # fmt: skip
     with bar, evaluating(model, device):
         for batch in dataset.batches(
-            batch_size, start=before // batch_size, train=False, device=device, share=share
-        ):
+            batch_size, start=before // batch_size, train=False, device=device, share=share,
+            regions=False,
+        ):  # fmt: skip
             for images, labels in _portions(batch, n_classes):
                 scores = _scores(model, images, dataset.prompts, window)  # (b, C, h, w)
                 for row, label in zip(scores, labels, strict=True):

@@ -82,13 +82,15 @@ class Dataset:
         train: bool = True,
         device: str | torch.device = "cpu",
         share: tuple[int, int] = (0, 1),
+        regions: bool = True,
     ) -> Iterator[Batch]:
         """Batches from step ``start`` on.
 
         ``train=True`` never ends: shuffled anew each epoch and augmented, and the batch of step s
         depends on (seed, s) and the batch size alone. ``train=False`` is one pass in order, not
         augmented or padded; a batch may be smaller, as it holds images of one size only. Of that
-        pass ``share`` = (rank, processes) takes every n-th step, and counts its own steps.
+        pass ``share`` = (rank, processes) takes every n-th step, and counts its own steps. Without
+        ``regions``, masks and classes may be left out: hundreds of large masks are memory.
         """
         raise NotImplementedError
 
@@ -146,6 +148,7 @@ class FileDataset(Dataset):
         train: bool = True,
         device: str | torch.device = "cpu",
         share: tuple[int, int] = (0, 1),
+        regions: bool = True,
         workers: int | None = None,
     ) -> Iterator[Batch]:
         """As ``Dataset.batches``; ``workers`` processes decode (default: some if there is a GPU).
@@ -171,7 +174,7 @@ class FileDataset(Dataset):
                 raise LabError(errors[0][1])
             self.skipped += errors
             for part in parts:
-                yield self._annotate(part, device)
+                yield self._annotate(part, device, regions)
 
     def load(self, index: int, look: Look, train: bool) -> dict:
         """One sample: image (3, h, w) uint8, segments (H, W) int32, classes, regions, file."""
@@ -200,14 +203,16 @@ class FileDataset(Dataset):
             "file": path.name,
         }
 
-    def _annotate(self, part: dict, device: torch.device) -> Batch:
+    def _annotate(self, part: dict, device: torch.device, all_of_it: bool) -> Batch:
         """Finish a batch on the device: what travels to it is small."""
         segments = part["segments"].to(device, non_blocking=True).long()  # (B, H, W)
         labels, masks, classes = torch.empty_like(segments), [], []
         for row, (ids, regions) in enumerate(zip(part["classes"], part["regions"], strict=True)):
             table = torch.tensor([*ids.tolist(), IGNORE], device=device)  # segment -1 -> the last
-            regions = torch.from_numpy(regions).to(device)
             labels[row] = table[segments[row]]
+            if not all_of_it:
+                continue
+            regions = torch.from_numpy(regions).to(device)
             masks.append(segments[row] == regions[:, None, None])
             classes.append(table[regions])
         return {

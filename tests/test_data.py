@@ -304,6 +304,13 @@ def test_jitter_shrinks_grows_and_cuts_picture_and_labels_alike(picture_folder):
     assert "jitter" not in lab.params and replace(lab, jitter=True).params["jitter"]
 
 
+def test_labels_alone_are_the_same_labels(picture_folder):
+    dataset = load_dataset("folder", "val", picture_folder)
+    whole, bare = (list(dataset.batches(2, train=False, regions=r)) for r in (True, False))
+    assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(whole, bare, strict=True))
+    assert not any(b["masks"] or b["classes"] for b in bare) and all(a["masks"] for a in whole)
+
+
 def test_flip_is_an_exact_mirror(picture_folder):
     dataset = load_dataset("folder", "val", picture_folder, size=64)
     for index in range(len(dataset)):
