@@ -18,11 +18,13 @@ from torch import nn
 
 from .alpha import RESHAPES, RULES, layer_alphas
 from .cost import cost
+from .device import seed_everything
 from .errors import LabError
 from .evaluate import evaluate
 from .finetune import SELECTIONS, STAGES, freeze, hold_norms, select_layers, unfreeze
 from .frameworks import FRAMEWORKS, PRESETS, build
 from .lab import Lab, cached
+from .processes import together, wait
 from .prune import PruneConfig
 from .results import atomic_path
 from .stages import row_start, save_weights
@@ -53,6 +55,8 @@ class Recipe:
     """Steps after which alpha is measured and layers are chosen again; 0: once for all."""
     norm: str = "train"
     """``"eval"`` leaves all batch normalisation on its running statistics."""
+    precision: str = "auto"
+    """See ``train.TrainConfig``."""
     steps: int = 100
     batch_size: int = 16
     lr: float = 1e-3
@@ -83,6 +87,7 @@ class Recipe:
             "reshape": RESHAPES,
             "rule": RULES,
             "norm": ("train", "eval"),
+            "precision": ("auto", "bf16", "fp32"),
         }
         for name, valid in words.items():
             if getattr(self, name) not in valid:
@@ -131,25 +136,34 @@ class Segmented:
 def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
     """Start from a row, fine-tune a framework (freezing what ``select`` says), and evaluate it."""
     params = lab.params | asdict(recipe)
-    unused = {"norm"} if recipe.norm == "train" else set()
+    usual = {"norm": "train", "precision": "auto"}
+    unused = {name for name, value in usual.items() if params[name] == value}
     if recipe.select == "none":  # then alpha is never measured
         unused |= {"fraction", "prefix", "reshape", "rule", "warmup", "reselect"}
     params = {key: value for key, value in params.items() if key not in unused}
     if recipe.row != "dense":
         params |= {f"prune_{key}": value for key, value in config.params.items()}
-    folder, metrics = cached("segment", params, lambda f: fine_tune(lab, recipe, config, f))
+    def work(folder: Path) -> dict:
+        if lab.devices == 1:
+            return fine_tune(lab, recipe, config, folder)
+        from .devices import spread  # which calls fine_tune in processes of its own
+
+        return spread(lab, recipe, config, folder)
+
+    folder, metrics = cached("segment", params, work)
     return Segmented(folder, metrics)
 
 
 def fine_tune(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
     """The work of ``segment_stage``: fills ``folder``, returns the metrics."""
     backbone, mask = row_start(lab, recipe.row, config)
+    seed_everything(recipe.seed)  # the head begins alike, whatever has run before in this process
     model = build(recipe.framework, backbone, recipe.preset, **framework_options(lab, recipe))
     if recipe.norm == "eval":
         hold_norms(model)
     training = TrainConfig(
         recipe.steps, recipe.batch_size, recipe.lr, recipe.backbone_lr, schedule="cosine",
-        warmup=recipe.steps // 20, seed=recipe.seed,
+        warmup=recipe.steps // 20, precision=recipe.precision, seed=recipe.seed,
     )  # fmt: skip
 
     def objective(wrapped: nn.Module, batch: dict) -> dict:
@@ -161,9 +175,11 @@ def fine_tune(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> di
         title=f"{recipe.framework}, {recipe.row}, freeze {recipe.select}",
     )  # fmt: skip
     metrics = _evaluate(model, lab, recipe, folder)
-    save_weights(model, folder / "model.safetensors")
-    done.history.to_csv(folder / "history.csv", index=False)
-    shutil.rmtree(folder / "checkpoints")
+    wait()
+    if together()[0] == 0:
+        save_weights(model, folder / "model.safetensors")
+        done.history.to_csv(folder / "history.csv", index=False)
+        shutil.rmtree(folder / "checkpoints")
     trunk = [p for n, p in backbone.visual.named_parameters() if not n.startswith("attnpool.")]
     table = cost(recipe.framework, (lab.size,) * 2, mask, lab.backbone, recipe.preset)
     total = table.query("convention == 'uniform' and component == 'total'").iloc[0]
@@ -216,7 +232,8 @@ def _freeze_by_alpha(recipe: Recipe, folder: Path, step: int, model: nn.Module) 
         if recipe.select == "prefix" and recipe.prefix:
             names = recipe.prefix.split()
         if not (folder / "alphas.csv").exists():
-            alphas.to_csv(folder / "alphas.csv", index=False)
+            with atomic_path(folder / "alphas.csv") as path:
+                alphas.to_csv(path, index=False)
         with atomic_path(choice) as path:
             path.write_text(json.dumps(names))
     unfreeze(model)
@@ -240,5 +257,6 @@ def _evaluate(model: nn.Module, lab: Lab, recipe: Recipe, folder: Path) -> dict[
             f"{prefix}unseen": 100 * found.miou_unseen,
         }
         if not prefix:
-            found.per_class.to_csv(folder / "per_class.csv", index=False)
+            with atomic_path(folder / "per_class.csv") as path:
+                found.per_class.to_csv(path, index=False)
     return metrics

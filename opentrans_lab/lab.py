@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from .backbone import Backbone, load_backbone, mini_folder
 from .data import load_dataset
+from .errors import LabError
 from .files import entries
 from .results import atomic_path, run_key, runs_root
 
@@ -34,12 +35,19 @@ class Lab:
     device: str = "auto"
     jitter: bool = False
     """Large-scale jitter of the training pictures (data sets on disk)."""
+    devices: int = 1
+    """Processes that share each batch of a fine-tuning: GPUs of this machine, or parts of its
+    CPU."""
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise LabError(f"devices={self.devices} must be 1 or more")
 
     @property
     def params(self) -> dict:
         """What the results depend on: contents of files and not their names, not the device."""
         known = asdict(self) | {"checkpoint": self._weights(), "data_root": self._root()}
-        unused = ("device",) if self.jitter else ("device", "jitter")
+        unused = {"device", "devices"} | ({"jitter"} if not self.jitter else set())
         return {key: value for key, value in known.items() if key not in unused}
 
     def _weights(self) -> str:

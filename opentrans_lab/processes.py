@@ -22,6 +22,12 @@ def together() -> tuple[int, int]:
     return 0, 1
 
 
+def wait() -> None:
+    """Until all processes have come here."""
+    if together()[1] > 1:
+        dist.barrier()
+
+
 def average(count: Tensor) -> Tensor:
     """The mean of a number over the processes; no gradient."""
     count = count.detach().clone()

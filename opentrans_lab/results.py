@@ -29,6 +29,7 @@ from .errors import LabError
 
 PROJECT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "accelerate", "numpy")
+APART = ("seed", "device", "devices")  # parameters that make no experiment another one
 STAGE = "OPENTRANS_STAGE"  # the folder in which the runner lets a notebook write, until it is done
 
 
@@ -276,8 +277,9 @@ def summary(
         parameters: only runs with these values.
 
     Returns:
-        indexed by ``by`` and by every parameter (but seed and device) in which the runs differ, so
-        that different experiments are never averaged: n (seeds), the mean of each value over the
+        indexed by ``by`` and by every parameter (but seed and devices) in which the runs differ, so
+        that different experiments are never averaged (one that an older run did not have yet
+        differs where the newer runs do): n (seeds), the mean of each value over the
         seeds and, from two seeds on, ``<value> ±``, the half-width of a 95 % interval
         (Student's t). Empty where nothing has run.
     """
@@ -291,13 +293,13 @@ def summary(
     parts = []
     for own, lines in found.values():
         if all(own.get(k) == v for k, v in parameters.items()):
-            about = {f"parameters.{k}": v for k, v in own.items() if k not in ("seed", "device")}
+            about = {f"parameters.{k}": v for k, v in own.items() if k not in APART}
             parts.append(lines.assign(**about, seed=own.get("seed")))
     if not parts:
         return pd.DataFrame(columns=["n", *values])
     lines = pd.concat(parts, ignore_index=True)
     about = [c for c in lines if c.startswith("parameters.")]
-    by = [*(c for c in about if lines[c].nunique(dropna=False) > 1), *by]
+    by = [*(c for c in about if lines[c].nunique() > 1), *by]
     values = [v for v in values if v in lines and lines[v].notna().any()]
     once = lines.groupby([*by, "seed"], sort=False, dropna=False)[values].mean()  # a line a seed
     groups = once.groupby(level=by, sort=False, dropna=False)

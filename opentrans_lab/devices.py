@@ -1,0 +1,119 @@
+"""One fine-tuning on several devices, from inside a notebook: torchrun on the one training loop.
+
+The notebook's process starts ``torchrun`` as a subprocess, shows its progress, and gets what
+``fine_tune`` would have returned. Each process works on its part of every batch; the losses are the
+same as those of one process up to rounding (see ``processes``), but batch normalisation in train
+mode sees each part by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from .device import pick
+from .errors import LabError, OutOfTime
+from .experiment import Recipe, fine_tune
+from .lab import Lab
+from .processes import together
+from .prune import PruneConfig
+from .results import atomic_path
+from .stages import row_start
+
+ENDS = {"LabError": LabError, "OutOfTime": OutOfTime}
+PARENT = "OPENTRANS_PARENT"  # the process that waits for the result
+
+
+def spread(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
+    """``fine_tune`` on ``lab.devices`` devices of this machine.
+
+    Raises:
+        LabError, OutOfTime: as ``fine_tune``; or the batch or the machine cannot be shared so.
+    """
+    count, device = lab.devices, pick(lab.device)
+    if recipe.batch_size % count:
+        raise LabError(f"batch_size={recipe.batch_size} cannot be shared by devices={count}")
+    if device.type == "cuda" and count > torch.cuda.device_count():
+        raise LabError(f"devices={count}, but this machine has {torch.cuda.device_count()} GPUs")
+    row_start(lab, recipe.row, config)  # pruned and distilled once, before anybody asks for it
+    end = folder / "end.json"
+    end.unlink(missing_ok=True)
+    job = {"lab": asdict(lab), "recipe": asdict(recipe), "config": asdict(config)}
+    with atomic_path(folder / "job.json") as path:
+        path.write_text(json.dumps(job))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={count}", "-m", __name__, str(folder)]
+    threads = max(1, torch.get_num_threads() // count)
+    about = {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "2", PARENT: str(os.getpid())}
+    tail = _show(command, os.environ | about)
+    ended = json.loads(end.read_text()) if end.exists() else {"kind": None, "message": tail}
+    end.unlink(missing_ok=True)
+    if ended["kind"] == "result":
+        return ended["result"]
+    raise ENDS.get(ended["kind"], RuntimeError)(ended["message"])
+
+
+def _show(command: list[str], environment: dict[str, str]) -> str:
+    """Run a command, pass on what it prints as it comes, and return the end of that."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    told = b""
+    try:
+        while piece := os.read(process.stdout.fileno(), 4096):
+            told = (told + piece)[-4000:]
+            sys.stderr.write(piece.decode(errors="replace"))
+            sys.stderr.flush()
+    finally:
+        process.terminate()  # nothing to do where it has ended
+        process.wait()
+    return told.decode(errors="replace")
+
+
+def main(folder: Path) -> int:
+    """One of the processes that torchrun starts."""
+    threading.Thread(target=_die_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+    job = json.loads((folder / "job.json").read_text())
+    lab = replace(Lab(**job["lab"]), devices=1)
+    if pick(lab.device).type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        lab = replace(lab, device="cuda")
+    try:
+        result = fine_tune(lab, Recipe(**job["recipe"]), PruneConfig(**job["config"]), folder)
+        _tell(folder, {"kind": "result", "result": result})
+    except (LabError, OutOfTime) as error:
+        _tell(folder, {"kind": type(error).__name__, "message": str(error)}, always=True)
+        return int(isinstance(error, LabError))  # then torchrun ends the others, which may wait
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _tell(folder: Path, end: dict, always: bool = False) -> None:
+    if always or together()[0] == 0:
+        with atomic_path(folder / "end.json") as path:
+            path.write_text(json.dumps(end))
+
+
+def _die_with(parent: int) -> None:
+    """A killed notebook cannot end what it started: nobody then waits for the result."""
+    while True:
+        time.sleep(1)
+        try:
+            os.kill(parent, 0)
+        except OSError:
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
