@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from opentrans_lab import results
+from opentrans_lab.claims import freezing_verdict, judged
 from opentrans_lab.errors import LabError
 from opentrans_lab.results import (
     PROJECT,
@@ -257,3 +258,42 @@ def test_the_readmes_latencies_are_what_the_published_run_says(monkeypatch, tmp_
     onnx, disk = run["metrics.over_torch.ONNX Runtime"], run["metrics.disk_ratio_float32"]
     assert len(gains) == 4 and all(f" {gain:.2f}" in said for gain in gains)
     assert f"{disk:.1f} times smaller" in said and f"{onnx:.1f} times faster" in said
+
+
+def cells_of(section: str) -> list[list[str]]:
+    """The tables' lines between this bold heading of the README and the next."""
+    text = (PROJECT / "README.md").read_text().split(f"**{section}")[1].split("\n**")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_readmes_map_is_what_the_published_runs_say(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
+    monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
+    table = summary("04_selective_finetuning", "selection", ["regime", "select"], ["seen_gain"],
+                    selects="none random high_alpha low_alpha prefix")  # fmt: skip
+    found = judged(table)
+    assert freezing_verdict(found) in (PROJECT / "README.md").read_text()
+    gains = found["gain"].unstack("select")[["random", "high_alpha", "low_alpha", "prefix"]]
+    order = ["regime", "parameters.backbone_lr", "parameters.rule"]
+    expected = {
+        tuple(map(str, key)): [f"{gain:+.1f}" for gain in line]
+        for key, line in zip(gains.reset_index()[order].itertuples(index=False), gains.to_numpy(),
+                             strict=True)
+    }  # fmt: skip
+    said = {tuple(cells[:3]): cells[3:] for cells in cells_of("Does freezing")[2:]}
+    assert said == expected and len(said) == 12
+
+
+def test_the_readmes_both_together_is_what_the_published_runs_say(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
+    monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
+    runs = collect("04_selective_finetuning").query("`parameters.selects` == 'none low_alpha'")
+    columns = ["deeplabv3", "han", "fcclip"]
+    assert sorted(runs["parameters.framework"]) == sorted(columns)
+    said = {cells[0].split(" ")[0]: cells[1:] for cells in cells_of("Both contributions")[2:]}
+    for run in runs.to_dict("records"):
+        column = columns.index(run["parameters.framework"])
+        for line in pd.read_csv(f"{run['folder']}/both.csv").to_dict("records"):
+            cell = f"{line['seen']:.1f} / {line['unseen']:.1f} ({line['training']:.0f} %)"
+            assert said[line["has"]][column] == cell
