@@ -39,6 +39,10 @@ class RunCommand:
     """A parameter of the notebook; repeat for more."""
     force: bool = False
     """Also what has finished before; old results go when the new ones are complete."""
+    workers: int = 1
+    """Of a grid, runs at a time on this machine; they share its GPUs, or its cores."""
+    scheduler: str = ""
+    """Run a grid on the workers of this dask scheduler ("tcp://…") instead."""
 
     def __call__(self) -> int:
         from .batch import outcome, run_grid, run_notebook
@@ -47,7 +51,12 @@ class RunCommand:
         if self.target.suffix in (".yaml", ".yml"):
             if self.parameters:
                 raise LabError(f"-p goes with a notebook; write parameters into {self.target}")
-            return _exit_code(run_grid(load_grid(self.target), self.force))
+            jobs = load_grid(self.target)
+            return _exit_code(
+                run_grid(jobs, self.force, workers=self.workers, scheduler=self.scheduler)
+            )
+        if self.workers > 1 or self.scheduler:
+            raise LabError(f"--workers and --scheduler go with a grid, not with {self.target}")
         result = run_notebook(self.target, dict(self.parameters), self.force)
         if result.users:
             raise LabError(result.error)
@@ -80,6 +89,10 @@ class CampaignCommand:
     """After this, training stops at its next step with a checkpoint."""
     grid: Path = Path("notebooks/grids/campaign.yaml")
     """What to run, in the order of importance."""
+    workers: int = 1
+    """Runs at a time on this machine; they share its GPUs, or its cores."""
+    scheduler: str = ""
+    """Run on the workers of this dask scheduler ("tcp://…") instead."""
 
     def __call__(self) -> int:
         from .batch import run_grid, run_notebook
@@ -87,7 +100,12 @@ class CampaignCommand:
         from .report import build_report
         from .results import publish
 
-        done = run_grid(load_grid(self.grid), deadline=self.minutes)
+        done = run_grid(
+            load_grid(self.grid),
+            deadline=self.minutes,
+            workers=self.workers,
+            scheduler=self.scheduler,
+        )
         code = _exit_code(done)
         if finished := [r.folder for r in done if r.status in ("ok", "finished before")]:
             print(f"published: {publish(finished)}")

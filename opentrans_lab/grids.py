@@ -17,6 +17,7 @@ import yaml
 from .errors import LabError
 
 GRID_KEYS = {"runs", "defaults", "outermost"}
+ENTRY_KEYS = {"notebook", "parameters", "after_all"}
 
 
 class Job(NamedTuple):
@@ -24,6 +25,8 @@ class Job(NamedTuple):
 
     notebook: Path
     parameters: dict
+    after_all: bool = False
+    """It reads the runs before it, so it starts when these have ended."""
 
 
 def defaults(notebook: Path | str) -> dict:
@@ -95,6 +98,8 @@ def load_grid(path: Path | str) -> list[Job]:
           - 00_index
           - notebook: 03_transfer
             parameters: {seed: [0, 1, 2], density: [0.1, 0.2]}
+          - notebook: 05_paper_tables
+            after_all: true              # starts when all above it have ended
 
     A notebook is named relative to the grid's folder or the folder above it.
 
@@ -116,8 +121,10 @@ def load_grid(path: Path | str) -> list[Job]:
     jobs, used = [], set()
     for entry in grid["runs"]:
         entry = {"notebook": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or entry.keys() - {"notebook", "parameters"}:
-            raise LabError(f"{path}: {entry!r} must hold `notebook` and may hold `parameters`")
+        if not isinstance(entry, dict) or entry.keys() - ENTRY_KEYS:
+            raise LabError(
+                f"{path}: {entry!r} must hold `notebook` and may hold `parameters` and `after_all`"
+            )
         if not isinstance(entry.get("parameters") or {}, dict):
             raise LabError(f"{path}: `parameters` of {entry['notebook']} must map names to values")
         notebook = _find(str(entry.get("notebook")), path)
@@ -126,11 +133,12 @@ def load_grid(path: Path | str) -> list[Job]:
         given = {k: v for k, v in shared.items() if k in known} | (entry.get("parameters") or {})
         lists = [v if isinstance(v, list) else [v] for v in given.values()]
         for values in itertools.product(*lists):
-            jobs.append(Job(notebook, dict(zip(given, values, strict=True))))
+            given_here = dict(zip(given, values, strict=True))
+            jobs.append(Job(notebook, given_here, bool(entry.get("after_all"))))
     if unused := shared.keys() - used:
         raise LabError(f"{path}: no notebook has the parameters {', '.join(sorted(unused))}")
     if outermost := grid.get("outermost"):
-        jobs.sort(key=lambda job: complete(*job).get(outermost, 0))
+        jobs.sort(key=lambda job: complete(*job[:2]).get(outermost, 0))
     return jobs
 
 

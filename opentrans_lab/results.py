@@ -145,13 +145,15 @@ class Run:
     Args:
         notebook: its name without suffix ("03_transfer").
         params: every name of the parameters cell with its value.
+        folder: where to write, if not in the folder that follows from these two.
 
     Raises:
         LabError: a parameter that is no plain value.
     """
 
-    def __init__(self, notebook: str, params: dict):
+    def __init__(self, notebook: str, params: dict, folder: Path | None = None):
         self.notebook = notebook
+        self._folder = folder
         self.params = plain(params, "parameter")
         self.key = run_key(params)
         self._begun = time.monotonic()
@@ -159,8 +161,8 @@ class Run:
     @property
     def dir(self) -> Path:
         """The run's folder, made on first use (under the runner: its stage, moved when done)."""
-        staged = os.environ.get(STAGE)
-        folder = Path(staged) if staged else run_dir(self.notebook, self.params)
+        named = self._folder or os.environ.get(STAGE)
+        folder = Path(named) if named else run_dir(self.notebook, self.params)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -1,0 +1,225 @@
+"""Grids on real workers of dask.distributed: the same results, whatever dies in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from ipaddress import ip_address
+
+import psutil
+import pytest
+
+from opentrans_lab.batch import run_grid
+from opentrans_lab.errors import LabError
+from opentrans_lab.grids import Job
+from opentrans_lab.workers import THREADS, share
+
+SAVE = 'run.save({"value": seed * scale, "threads": __import__("os").environ["OMP_NUM_THREADS"]})'
+WAIT = """
+import os, time
+from pathlib import Path
+root = Path(os.environ["OPENTRANS_RUNS"])
+"""
+GRID = "runs:\n  - notebook: 01_tiny\n    parameters: {seed: [0, 1, 2, 3]}\n"
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in THREADS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def started(grid, *options, **environment):
+    """The command in a process group of its own, as a terminal starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "opentrans_lab.cli", "run", str(grid), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | environment,
+    )
+
+
+def finished(runs):
+    return sorted(runs.glob("*/[!.]*/metrics.json"))
+
+
+def wait_for(condition, seconds=120):
+    for _ in range(10 * seconds):
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not happen")
+
+
+def workers_of(process):
+    """The worker processes under their nannies: those that hold kernels."""
+    parents = [p.parent() for p in psutil.Process(process.pid).children(recursive=True)
+               if "ipykernel_launcher" in " ".join(p.cmdline())]  # fmt: skip
+    return list({p.pid: p for p in parents if p}.values())
+
+
+def test_two_workers_give_what_one_gives(
+    tmp_path, runs, write_notebook, monkeypatch, environment, capsys
+):
+    tiny = write_notebook(tmp_path / "01_tiny.ipynb", SAVE)
+    reads = "from opentrans_lab.results import collect\nrun.save({'seen': len(collect('01_tiny'))})"
+    last = write_notebook(tmp_path / "02_last.ipynb", reads)
+    jobs = [Job(tiny, {"seed": s}) for s in range(3)] + [Job(last, {}, True)]
+    found = {}
+    for workers in (1, 2):
+        monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path / str(workers)))
+        if workers == 1:
+            monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        else:
+            monkeypatch.delenv("OMP_NUM_THREADS")
+        results = run_grid(jobs, workers=workers)
+        assert [r.status for r in results] == ["ok"] * 4, [r.error for r in results]
+        assert [r.job.parameters for r in results] == [job.parameters for job in jobs]
+        records = [json.loads((r.folder / "metrics.json").read_text()) for r in results]
+        found[workers] = [r["metrics"] for r in records]
+        cores = max(1, len(os.sched_getaffinity(0)) // workers)
+        assert found[workers][0].pop("threads") == (str(cores) if workers == 2 else "1")
+    for metrics in (*found[1], *found[2]):
+        metrics.pop("threads", None)
+    assert found[1] == found[2] and found[2][-1] == {"seen": 3}
+    said = capsys.readouterr().out
+    assert "on worker" in said and "4 run now" in said
+    again = run_grid(jobs, workers=2)
+    assert [r.status for r in again] == ["finished before"] * 4
+    assert os.getcwd() and "OPENTRANS_STAGE" not in os.environ
+
+
+def test_a_killed_worker_loses_no_finished_run(tmp_path, runs, write_notebook):
+    """The first two finish, the others wait for the test; one worker dies under SIGKILL."""
+    hold = f"{WAIT}\nwhile seed > 1 and not (root / 'go').exists(): time.sleep(0.1)"
+    write_notebook(tmp_path / "01_tiny.ipynb", hold, SAVE)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    command = started(tmp_path / "grid.yaml", "--workers", "2")
+    wait_for(lambda: finished(runs)[1:])
+    before = {p: p.stat().st_mtime_ns for p in finished(runs)}
+    wait_for(lambda: workers_of(command)[1:])
+    workers = workers_of(command)
+    listening = [
+        c.laddr
+        for p in (psutil.Process(command.pid), *psutil.Process(command.pid).children(True))
+        for c in p.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    ]
+    assert listening and all(ip_address(a.ip).is_loopback for a in listening)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    time.sleep(1)
+    (runs / "go").touch()
+    said = command.communicate(timeout=180)[0]
+    assert command.returncode == 0, said
+    assert "4 run now" in said and "0 failed" in said
+    assert len(finished(runs)) == 4
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_ctrl_c_and_sigkill_leave_nothing_half_written(tmp_path, runs, write_notebook, how):
+    hold = f"{WAIT}\nwhile seed and not (root / 'go').exists(): time.sleep(0.1)"
+    write_notebook(tmp_path / "01_tiny.ipynb", hold, SAVE)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    command = started(tmp_path / "grid.yaml", "--workers", "2")
+    wait_for(lambda: finished(runs))
+    wait_for(lambda: workers_of(command)[1:])
+    family = psutil.Process(command.pid).children(recursive=True)
+    if how == signal.SIGINT:
+        os.killpg(command.pid, how)  # as the terminal does: to all of them
+    else:
+        command.kill()
+    said = command.communicate(timeout=60)[0]
+    assert how == signal.SIGKILL or (command.returncode == 130 and "finished runs are kept" in said)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, [p.cmdline() for p in alive]
+    assert len(finished(runs)) == 1
+    whole = {"executed.ipynb", "report.html", "metrics.json"}
+    for folder in (runs / "01_tiny").glob("[!.]*"):
+        assert {p.name for p in folder.iterdir()} == whole
+    (runs / "go").touch()
+    again = started(tmp_path / "grid.yaml", "--workers", "2")
+    said = again.communicate(timeout=180)[0]
+    assert again.returncode == 0 and "3 run now" in said and "1 finished before" in said, said
+    assert not list((runs / "01_tiny").glob(".*"))  # what the killed ones left is gone
+
+
+def test_failures_are_tried_once_more_and_then_reported(tmp_path, runs, write_notebook, capsys):
+    count = f"{WAIT}\nwith (root / 'tries').open('a') as f: print(seed, file=f)\n"
+    body = (
+        "from opentrans_lab.errors import LabError\n"
+        "tries = (root / 'tries').read_text().split().count(str(seed))\n"
+        "if seed == 0: raise LabError('name another')\n"
+        "if seed == 1 and tries == 1: raise RuntimeError('a hiccup')\n"
+        "print('about to break')\n"
+        "if seed == 2: raise RuntimeError('broken')\n"
+        "if seed == 3: os.kill(os.getppid(), 9)\n"  # its worker, each time
+    )
+    tiny = write_notebook(tmp_path / "01_tiny.ipynb", count, body, SAVE)
+    results = run_grid([Job(tiny, {"seed": s}) for s in range(4)], workers=2)
+    tries = (runs / "tries").read_text().split()
+    assert [tries.count(str(s)) for s in range(4)] == [1, 2, 2, 2]
+    assert [r.status for r in results] == ["failed", "ok", "failed", "failed"]
+    assert [r.users for r in results] == [True, False, False, False]
+    assert "worker died twice" in results[3].error
+    assert "01_tiny.ipynb, cell 5 (In [4]): RuntimeError" in results[2].error
+    assert "tried 2 times" in results[2].error
+    log = results[2].folder / "failed.ipynb"
+    assert str(log) in results[2].error and "about to break" in log.read_text()
+    assert "3 failed" in capsys.readouterr().out
+
+
+def test_the_same_command_on_a_scheduler_of_someone_elses(tmp_path, runs, write_notebook):
+    tiny = write_notebook(tmp_path / "01_tiny.ipynb", SAVE)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
+    host, port = address.removeprefix("tcp://").split(":")
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    scheduler = subprocess.Popen([*dask, "--host", host, "--port", port, "--no-dashboard"], **quiet)
+    worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1",
+              "--host", host, "--no-dashboard"]  # fmt: skip
+    workers = [subprocess.Popen(worker, cwd="/", **quiet) for _ in range(2)]
+    try:
+        results = run_grid([Job(tiny, {"seed": s}) for s in (0, 1)], scheduler=address)
+        assert [r.status for r in results] == ["ok", "ok"], [r.error for r in results]
+        assert len(finished(runs)) == 2
+    finally:
+        for process in (*workers, scheduler):
+            process.terminate()
+        for process in (*workers, scheduler):
+            process.wait(timeout=30)
+    with pytest.raises(LabError, match=f"no dask scheduler answers at {address}"):
+        run_grid([Job(tiny, {"seed": 5})], scheduler=address)
+
+
+def test_workers_share_gpus_and_cores(monkeypatch, environment):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    devices = [share(i, 8)["CUDA_VISIBLE_DEVICES"] for i in range(8)]
+    assert devices == list("01234567")
+    assert [share(i, 2)["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["0,1,2,3", "4,5,6,7"]
+    assert sorted(share(i, 16)["CUDA_VISIBLE_DEVICES"] for i in range(16)) == sorted("01234567" * 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a")
+    assert [share(i, 2)["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["5", "GPU-a"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    cores = len(os.sched_getaffinity(0))
+    assert share(0, 2) == dict.fromkeys(THREADS, str(max(1, cores // 2)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert share(0, 2)["OMP_NUM_THREADS"] == "3"
+
+
+def test_zero_workers_are_refused(tmp_path, runs, write_notebook):
+    with pytest.raises(LabError, match="--workers 0 must be 1 or more"):
+        run_grid([Job(write_notebook(tmp_path / "01_tiny.ipynb", SAVE), {})], workers=0)
