@@ -169,7 +169,7 @@ def test_failures_are_tried_once_more_and_then_reported(tmp_path, runs, write_no
     assert [r.status for r in results] == ["failed", "ok", "failed", "failed"]
     assert [r.users for r in results] == [True, False, False, False]
     assert "worker died twice" in results[3].error
-    assert "01_tiny.ipynb, cell 5 (In [4]): RuntimeError" in results[2].error
+    assert "01_tiny.ipynb, cell 5 (In [5]): RuntimeError" in results[2].error
     assert "tried 2 times" in results[2].error
     log = results[2].folder / "failed.ipynb"
     assert str(log) in results[2].error and "about to break" in log.read_text()
