@@ -29,7 +29,7 @@ from .prune import PruneConfig
 from .results import atomic_path
 from .stages import row_start, save_weights
 from .train import TrainConfig, fit
-from .transfer import ROWS
+from .transfer import ROWS, recalibrate
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Recipe:
     reselect: int = 0
     """Steps after which alpha is measured and layers are chosen again; 0: once for all."""
     norm: str = "train"
-    """``"eval"`` leaves all batch normalisation on its running statistics."""
+    """``"eval"`` leaves all batch normalisation on its running statistics; ``"recalibrated"``
+    estimates those of the tower anew under the row's mask and then trains as ``"train"`` does: for
+    a frozen CLIP, whose statistics would otherwise be those of before the last pruning."""
     precision: str = "auto"
     """See ``train.TrainConfig``."""
     steps: int = 100
@@ -86,7 +88,7 @@ class Recipe:
             "select": SELECTIONS,
             "reshape": RESHAPES,
             "rule": RULES,
-            "norm": ("train", "eval"),
+            "norm": ("train", "eval", "recalibrated"),
             "precision": ("auto", "bf16", "fp32"),
         }
         for name, valid in words.items():
@@ -143,6 +145,7 @@ def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
     params = {key: value for key, value in params.items() if key not in unused}
     if recipe.row != "dense":
         params |= {f"prune_{key}": value for key, value in config.params.items()}
+
     def work(folder: Path) -> dict:
         if lab.devices == 1:
             return fine_tune(lab, recipe, config, folder)
@@ -157,6 +160,8 @@ def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
 def fine_tune(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
     """The work of ``segment_stage``: fills ``folder``, returns the metrics."""
     backbone, mask = row_start(lab, recipe.row, config)
+    if recipe.norm == "recalibrated":
+        recalibrate(backbone, mask, lab.batches(recipe.batch_size, recipe.seed)(0))
     seed_everything(recipe.seed)  # the head begins alike, whatever has run before in this process
     model = build(recipe.framework, backbone, recipe.preset, **framework_options(lab, recipe))
     if recipe.norm == "eval":

@@ -7,9 +7,12 @@ all rows stand side by side under fixed keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 
+import torch
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from .backbone import Backbone
 from .errors import LabError
@@ -56,3 +59,18 @@ def row_mask(
         "wanda": lambda: Mask.by_score(scores or {}, ours),
     }
     return makers.get(row, lambda: ours)()
+
+
+def recalibrate(
+    backbone: Backbone, mask: Mask | None, batches: Iterator[dict], count: int = 16
+) -> None:
+    """Re-estimate the tower's batch normalisation under ``mask`` from the next ``count`` batches.
+
+    A pruning leaves the running statistics of the network before it. Where the tower trains on they
+    follow within some steps; where it stays frozen they are wrong for good, and a row would be
+    judged by them and not by its mask. No weight is trained.
+    """
+    if mask is not None:
+        mask.apply(backbone)
+    with torch.no_grad():
+        update_bn((batch["images"] for batch in islice(batches, count)), backbone)
