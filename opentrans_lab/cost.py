@@ -157,10 +157,12 @@ def training_cost(
     the frozen convolutions' C) and the head's forward pass only. T is thop's, H the head's matrix
     products without those of attention, C bare MACs.
 
-    ``full`` is 3 N (T + H) - (N - Nw) C with the head's backward pass, by the uniform counter, and
+    ``full`` is 3 N (T + H) - (N - Nw) C, less the gradient of the pictures, with the head's backward pass, by the uniform counter, and
     with the mask in all three passes: what a perfect sparse kernel would multiply. Freezing a
     convolution saves the gradient of its weight; the one that passes through is needed all the
-    same, unless whole leading stages are frozen: then neither is.
+    same, unless whole leading stages are frozen: then neither is, nor the one that would pass from
+    the stage behind them; and none ever passes into the pictures. Frozen layers are taken as
+    frozen from Nw on; a trunk that is not trained at all costs more here than it does.
 
     Args:
         frozen: names of layers ("layer1.0.conv1") or stages ("layer1") by selection; by default the
@@ -182,6 +184,7 @@ def training_cost(
     size = parse_size(size)
     published = frozen is None and (images, warmup, size) == (IMAGES, WARMUP, (512, 512))
     published &= (framework, backbone, preset) == ("han", "RN50", "paper")
+    published &= mask is None or round(mask.density, 2) == DENSITY
     counted, key = _count(framework, size, backbone, preset, training=True)
     if counted.tower is None:
         raise LabError(f"{key} has no CLIP ResNet whose layers could be frozen; wrap one in it")
@@ -190,9 +193,9 @@ def training_cost(
     total, rows = int(counted.trace.rows["macs"].sum()), []
     for select, row, density, share in _selections(layers, mask, frozen):
         own = layers["dense" if row == "dense" else "sparse"]
+        spared = _spared(layers, (frozen or {}).get(select, ()))
         less = round((share * layers["dense"]).sum())
-        ended = _ended(layers, (frozen or {}).get(select, ()))
-        uniform = 3 * (total - layers["dense"].sum() + own.sum())
+        uniform = 3 * (total - layers["dense"].sum() + own.sum()) - own["conv1"]
         rows.append(
             {
                 "framework": key,
@@ -206,7 +209,7 @@ def training_cost(
                 "paper": images * (density * trunk + trunk + head)
                 + warmup * trunk
                 + (images - warmup) * (trunk - less),
-                "full": images * uniform - (images - warmup) * ((share + ended) * own).sum(),
+                "full": images * uniform - (images - warmup) * ((share + spared) * own).sum(),
             }
         )
     table = pd.DataFrame(rows)
@@ -266,6 +269,14 @@ def _share(layers: pd.DataFrame, names: Sequence[str]) -> pd.Series:
     return pd.Series(frozen, layers.index).astype(float)
 
 
-def _ended(layers: pd.DataFrame, names: Sequence[str]) -> pd.Series:
-    """1 for the layers of whole leading stages, where backward never comes."""
-    return _share(layers, list(takewhile(set(names).__contains__, STAGES)))
+def _spared(layers: pd.DataFrame, names: Sequence[str]) -> pd.Series:
+    """1 for the convolutions whose input needs no gradient because whole leading stages are frozen:
+    those of these stages but the first, which never has one, and those that read their output."""
+    stages = list(takewhile(set(names).__contains__, STAGES))
+    if not stages:
+        return _share(layers, [])
+    spared = [*stages]
+    if stages[-1] != STAGES[-1]:
+        behind = f"{STAGES[len(stages)]}.0"
+        spared += [f"{behind}.conv1", f"{behind}.downsample.0"]
+    return _share(layers, spared) * (layers.index != "conv1")

@@ -6,6 +6,7 @@ The tables of the notebooks are many of these, side by side (notebook 04's: see 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -73,10 +74,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse a mistyped word or an impossible number now, and not after the training."""
-        if not 0 <= self.warmup < 1 or self.steps < 1 or self.batch_size < 2 or self.reselect < 0:
+        counts = ("reselect", "images", "eval_images")
+        if wrong := [n for n in counts if getattr(self, n) < 0]:
+            raise LabError(f"{wrong[0]}={getattr(self, wrong[0])} must be 0 or more")
+        if not 0 <= self.fraction <= 1:
+            raise LabError(f"fraction={self.fraction} must lie between 0 and 1")
+        if not (0 < self.lr < math.inf and 0 <= self.backbone_lr < math.inf):
+            raise LabError(
+                f"lr={self.lr} must be more than 0 and backbone_lr={self.backbone_lr} 0 or more"
+            )
+        if not 0 <= self.warmup < 1 or self.steps < 1 or self.batch_size < 2:
             raise LabError(
                 f"warmup={self.warmup} must lie in [0, 1), steps={self.steps} be 1 or more, "
-                f"reselect={self.reselect} 0 or more, and batch_size={self.batch_size} 2 or more "
+                f"and batch_size={self.batch_size} 2 or more "
                 "(batch normalisation needs two images)"
             )
         if unknown := set(self.prefix.split()).difference(STAGES):

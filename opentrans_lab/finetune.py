@@ -10,6 +10,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -30,10 +31,12 @@ def select_layers(
     ``low_alpha`` freezes the heavy-tailed, well-trained ones (the paper's "alpha"),
     ``high_alpha`` the others ("alpha*"), ``random`` as many at random, ``none`` nothing.
     floor(fraction · layers) are chosen: 27 of RN50's 55, as in the authors' code. Layers whose
-    alpha is NaN are never chosen and do not count; a warning names them.
+    alpha is not finite are never chosen and do not count; a warning names them. Of equal alphas the
+    earlier layer counts as smaller, so that small and large never overlap up to a half.
 
     ``prefix`` is not the paper's: names of whole leading stages, as far as at least half of the
-    layers of each are those of ``low_alpha``. Only behind those does backward really stop.
+    layers of each are those of ``low_alpha``. Only behind those does backward really stop. A stage is
+    frozen with all that it holds, layers without an alpha included.
 
     Args:
         alphas: columns ``name`` and ``alpha``, as ``layer_alphas`` gives them.
@@ -47,6 +50,7 @@ def select_layers(
         raise LabError(f"fraction={fraction} must lie between 0 and 1")
     if select == "none":
         return []
+    alphas = alphas.assign(alpha=alphas["alpha"].where(np.isfinite(alphas["alpha"])))
     lost = list(alphas.loc[alphas["alpha"].isna(), "name"])
     if lost:
         warnings.warn(
@@ -54,13 +58,13 @@ def select_layers(
             + (", …" if len(lost) > 5 else ""),
             stacklevel=2,
         )
-    fitted = alphas.dropna(subset="alpha")
-    count = int(fraction * len(fitted))
+    fitted = alphas[alphas["alpha"].notna()]
+    count = int(fraction * len(fitted) + 1e-9)  # 0.29 x 100 is 28.999… in floating point
     if select == "random":
         chosen = random.Random(seed).sample(list(fitted["name"]), count)
     else:
-        ranked = fitted.sort_values("alpha", ascending=select != "high_alpha", kind="stable")
-        chosen = ranked["name"].head(count)
+        ranked = fitted.sort_values("alpha", kind="stable")["name"]  # one order, ties and all
+        chosen = ranked.tail(count) if select == "high_alpha" else ranked.head(count)
     chosen = set(chosen)
     if select == "prefix":
         return _leading_stages(alphas, chosen)
@@ -96,13 +100,14 @@ def freeze(model: nn.Module, names: Iterable[str], norm: bool = False) -> int:
     names = list(names)
     frozen = _stage_parameters(model, [name for name in names if name in STAGES])
     if layers := _parameters(name for name in names if name not in STAGES):
-        found = locate(model, layers)
-        frozen += found.tensors.values()
+        anchors = set(_anchors(model, layers)).difference(layers)
+        found = locate(model, [*layers, *anchors])
+        frozen += (tensor for name, tensor in found.tensors.items() if name not in anchors)
         if norm:
             tower = model.get_submodule(found.prefix.rstrip("."))
             for name in found.tensors:
                 frozen += _hold(_norm_behind(tower, name.removesuffix(".weight")))
-    return _stop(frozen)
+    return _stop(model, frozen)
 
 
 def hold_norms(model: nn.Module) -> None:
@@ -118,13 +123,12 @@ def hold_norms(model: nn.Module) -> None:
 def unfreeze(model: nn.Module) -> None:
     """Undo ``freeze`` and ``hold_norms``: the model trains as before."""
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if getattr(parameter, "frozen", False):
-                parameter.requires_grad_(True)
-                del parameter.frozen
-        if handle := module.__dict__.pop("_held", None):
+        for name in module.__dict__.pop("_frozen", ()):
+            module.get_parameter(name).requires_grad_(True)
+        if held := module.__dict__.pop("_held", None):
+            handle, was_apart = held
             handle.remove()
-            module.train(model.training)
+            module.train(model.training and not was_apart)
 
 
 def _stage_parameters(model: nn.Module, stages: list[str]) -> list[nn.Parameter]:
@@ -142,15 +146,25 @@ def _stage_parameters(model: nn.Module, stages: list[str]) -> list[nn.Parameter]
     return parameters
 
 
-def _stop(parameters: Iterable[nn.Parameter]) -> int:
-    count = 0
-    for parameter in parameters:
-        count += parameter.numel()
-        if parameter.requires_grad:
-            parameter.requires_grad_(False)
-            parameter.frozen = True  # by us: what was frozen before stays so
+def _anchors(model: nn.Module, layers: list[str]) -> list[str]:
+    """What tells a CLIP ResNet's stem, named alone, from its blocks, which have a conv1, too."""
+    block = "layer1.0.conv1.weight"
+    if not all(stage_of(name) == "stem" for name in layers):
+        return []
+    return [block] if any(n.endswith(block) for n, _ in model.named_parameters()) else []
+
+
+def _stop(model: nn.Module, parameters: Iterable[nn.Parameter]) -> int:
+    chosen = {id(parameter): parameter for parameter in parameters}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in chosen and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                # By us: what was frozen before stays so. On the module, for a copy has it, too.
+                module.__dict__.setdefault("_frozen", set()).add(name)
+    for parameter in chosen.values():
         parameter.grad = None
-    return count
+    return sum(parameter.numel() for parameter in chosen.values())
 
 
 def _hold(norm: nn.Module | None) -> Iterator[nn.Parameter]:
@@ -158,7 +172,7 @@ def _hold(norm: nn.Module | None) -> Iterator[nn.Parameter]:
     if norm is None:
         return iter(())
     if "_held" not in norm.__dict__:
-        norm._held = norm.register_forward_pre_hook(_evaluates)
+        norm._held = (norm.register_forward_pre_hook(_evaluates), not norm.training)
     return norm.parameters()
 
 

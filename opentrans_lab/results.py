@@ -30,6 +30,8 @@ from .errors import LabError
 PROJECT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "accelerate", "numpy")
 APART = ("seed", "device", "devices")  # parameters that make no experiment another one
+ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "reselect": 0}
+"""Parameters that the first published runs did not have yet, with the values that they ran with."""
 STAGE = "OPENTRANS_STAGE"  # the folder in which the runner lets a notebook write, until it is done
 
 
@@ -262,6 +264,10 @@ def collect(notebook: str | None = None) -> pd.DataFrame:
     return frame[[c for c in frame if c != "status" and not c.startswith("versions.")]]
 
 
+def _experiment(params: dict) -> str:
+    return run_key({k: v for k, v in params.items() if k not in ("device", "devices")})
+
+
 def summary(
     notebook: str,
     table: str,
@@ -280,18 +286,18 @@ def summary(
 
     Returns:
         indexed by ``by`` and by every parameter (but seed and devices) in which the runs differ, so
-        that different experiments are never averaged (one that an older run did not have yet
-        differs where the newer runs do): n (seeds), the mean of each value over the
-        seeds and, from two seeds on, ``<value> ±``, the half-width of a 95 % interval
-        (Student's t). Empty where nothing has run.
+        that different experiments are never averaged (an older run counts with the values of
+        ``ADDED``): n (seeds, of each the newest run), the mean of each value over the seeds and,
+        from two seeds on, ``<value> ±``, the half-width of a 95 % interval (Student's t). Empty
+        where nothing has run.
     """
-    found = {
-        run_key(record["parameters"]): (record["parameters"], pd.read_csv(folder / f"{table}.csv"))
-        for folder, record in records(notebook)
-        if (folder / f"{table}.csv").exists()
-    }
+    found = {}
+    for folder, record in records(notebook):  # the newest of the same experiment stays
+        if (folder / f"{table}.csv").exists():
+            own = ADDED | record["parameters"]
+            found[_experiment(own)] = (own, pd.read_csv(folder / f"{table}.csv"))
     if mine:
-        found[run_key(mine[0])] = mine
+        found[_experiment(ADDED | mine[0])] = (ADDED | mine[0], mine[1])
     parts = []
     for own, lines in found.values():
         if all(own.get(k) == v for k, v in parameters.items()):

@@ -40,9 +40,10 @@ def speed_table(lab: Lab, recipe: Recipe, config: PruneConfig, selects: str) -> 
     """
     backbone, mask = row_start(lab, recipe.row, config)
     model = build(recipe.framework, backbone, recipe.preset, **framework_options(lab, recipe))
+    order = sorted(selects.split(), key=lambda select: select != "none")  # the rest against it
     frozen = {
         select: segment_stage(lab, replace(recipe, select=select), config).frozen
-        for select in selects.split()
+        for select in order
     }
     batch = next(lab.batches(recipe.batch_size, recipe.seed, recipe.images or None)(0))
     found = step_costs(
@@ -63,8 +64,8 @@ def together(
 
     Returns:
         has (neither, selection, mask, both), mIoU in percent, params_M and GMACs of a picture, and
-        training: MACs of the whole fine-tuning in percent of what the first line's takes (the
-        full formula of ``training_cost``, with the mask in all three passes).
+        training: MACs of the whole fine-tuning in percent of what it takes with neither (the full
+        formula of ``training_cost``, with the mask in all three passes).
     """
     lines, mask = [], None
     for has, regime, chosen, row in (
@@ -90,5 +91,6 @@ def together(
         lines.append({"has": has, **scores, **cost, "training": training})
     both = pd.DataFrame(lines)
     if lines:
-        both["training"] *= 100 / both["training"].iloc[0]
+        neither = both.loc[both["has"] == "neither", "training"]
+        both["training"] *= 100 / (neither.iloc[0] if len(neither) else float("nan"))
     return both

@@ -1,14 +1,15 @@
 """What a training step really costs when layers are frozen: time, memory and energy, measured.
 
 Beside it stand the savings on paper. Freezing a layer in the middle spares the gradient of its
-weight and nothing else; the gradient that passes through it is needed all the same, so a saving on
-paper is seldom one in seconds.
+weight and nothing else; the gradient that passes through it is needed all the same. How much of a
+saving on paper is one in seconds depends on the machine.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import numpy as np
@@ -37,7 +38,8 @@ def step_costs(
     """Time whole training steps (forward, backward, AdamW) on one batch, selection by selection.
 
     The selections take turns, ``repeats`` times, so that a machine whose speed drifts slows all of
-    them. ``model`` goes to the device and is trained a little; what is frozen now stays so.
+    them. ``model`` goes to the device and is trained a little; what ``freeze`` has frozen in it
+    trains again afterwards.
 
     Args:
         objective: of a batch, returns ``loss``.
@@ -48,7 +50,7 @@ def step_costs(
         One row a selection: select, trainable (weights), step_s (median), images_per_second,
         step_saving (percent of the first selection's step, median over the turns), memory_MB (on a
         GPU the peak of a step, else what forward keeps for backward, 10^6 bytes), energy_J of a
-        step (NaN where no NVIDIA GPU tells it).
+        step (NaN where no NVIDIA GPU tells it through nvidia-ml-py).
     """
     device = pick(device)
     model.to(device, memory_format=torch.channels_last).train()
@@ -113,7 +115,7 @@ def _step(
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()
 
     cuda = device.type == "cuda"
     if cuda:
@@ -121,7 +123,8 @@ def _step(
     before = _joules(device)
     began = time.perf_counter()
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays(device))
-    with bf16, saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = nullcontext() if cuda else saved_tensors_hooks(keep, lambda tensor: tensor)
+    with bf16, hooks:
         loss = objective(batch)["loss"]
     loss.backward()
     optimizer.step()

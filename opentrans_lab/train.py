@@ -79,7 +79,7 @@ class TrainConfig:
 class Fit:
     """What a training run leaves: losses a step, and how fast it went."""
 
-    history: pd.DataFrame = field(repr=False)  # step, loss and its parts, lr
+    history: pd.DataFrame = field(repr=False)  # step, lr, loss and its parts, norm of the gradient
     images_per_second: float = float("nan")  # of the steps done in this process
     resumed_at: int = 0
 
@@ -110,7 +110,7 @@ def fit(
     Losses also go to TensorBoard, where ``OPENTRANS_TENSORBOARD`` names a folder.
 
     Raises:
-        LabError: the loss is not finite (names the step), or the config is unknown.
+        LabError: the loss or the norm of its gradient is not finite (names the step), or the config is unknown.
         OutOfTime: the time in ``OPENTRANS_DEADLINE`` has come (a checkpoint is in ``out``).
     """
     # --- set up
@@ -156,11 +156,11 @@ def fit(
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
             losses = objective(wrapped, batch)
         accelerator.backward(losses["loss"])
-        if config.clip_grad:
-            accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        pending.append({"step": step, "lr": config.lr * config.rate(step)} | _detach(losses))
+        pending.append({"step": step, "lr": config.lr * config.rate(step)}
+                       | _detach(losses | {"gradient": norm}))  # fmt: skip
 
         done = step + 1
         last_one, late = done == config.steps, out is not None and _late(until, accelerator.device)
@@ -249,9 +249,9 @@ def _log(
         for row in pending
     ]
     for row in rows:
-        if not math.isfinite(row["loss"]):
+        if wrong := [n for n in ("loss", "gradient") if not math.isfinite(row[n])]:
             raise LabError(
-                f"the loss is {row['loss']} at step {row['step']}: lower the learning rate, or set "
+                f"the {wrong[0]} is {row[wrong[0]]} at step {row['step']}: lower the learning rate, or set "
                 f"precision='fp32'; the last good checkpoint: {last or 'none'}"
             )
     for row in rows if board else ():

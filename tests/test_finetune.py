@@ -1,5 +1,7 @@
 """Selection by alpha and freezing."""
 
+import copy
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -199,3 +201,33 @@ def test_unknown_words_are_refused():
         select_layers(ALPHAS, fraction=2)
     with pytest.raises(LabError, match="0 of 1 tensors matched"):
         freeze(nn.Linear(2, 2), ["conv1"])
+
+
+def test_the_stem_alone_is_the_towers_and_not_a_blocks():
+    model = nn.ModuleDict({"backbone": tower()})
+    assert freeze(model, ["conv1"]) == model["backbone"].conv1.weight.numel()
+    assert not model["backbone"].conv1.weight.requires_grad
+    assert model["backbone"].layer1[0].conv1.weight.requires_grad
+
+
+def test_tied_alphas_are_complementary_and_infinite_ones_are_none():
+    tied = pd.DataFrame({"name": list("abcd"), "alpha": [2.0, 3.0, 3.0, 4.0]})
+    assert select_layers(tied, "low_alpha") == ["a", "b"]
+    assert select_layers(tied, "high_alpha") == ["c", "d"]
+    with pytest.warns(UserWarning, match="1 layers have no alpha"):
+        lost = select_layers(tied.replace(4.0, math.inf), "high_alpha", 0.4)
+    assert lost == ["c"]
+    hundred = pd.DataFrame({"name": map(str, range(100)), "alpha": range(100)})
+    assert len(select_layers(hundred, fraction=0.29)) == 29
+
+
+def test_a_copy_thaws_too_and_a_norm_returns_to_what_it_was():
+    model = tower()
+    model.train()
+    model.bn1.eval()
+    hold_norms(model)
+    freeze(model, ["layer1"])
+    for one in (copy.deepcopy(model), model):
+        unfreeze(one)
+        assert all(p.requires_grad for p in one.parameters())
+        assert not one.bn1.training and one.layer1[0].bn1.training

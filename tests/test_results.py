@@ -297,3 +297,21 @@ def test_the_readmes_both_together_is_what_the_published_runs_say(monkeypatch, t
         for line in pd.read_csv(f"{run['folder']}/both.csv").to_dict("records"):
             cell = f"{line['seen']:.1f} / {line['unseen']:.1f} ({line['training']:.0f} %)"
             assert said[line["has"]][column] == cell
+
+
+def test_a_run_from_before_a_parameter_counts_with_the_value_it_had(runs):
+    old = {"seed": 0, "steps": 5}
+    for params, value in (
+        (old, 1.0),
+        (old | {"norm": "train", "precision": "auto"}, 2.0),  # the same experiment again
+        ({"seed": 1, "steps": 5, "norm": "train", "precision": "auto"}, 4.0),
+        ({"seed": 0, "steps": 5, "norm": "eval", "precision": "auto"}, 50.0),
+    ):
+        Run("03_x", params).save({}, t=pd.DataFrame({"row": ["a"], "seen": [value]}))
+        time.sleep(1.1)  # records are ordered by the second
+    found = summary("03_x", "t", ["row"], ["seen"])
+    assert found.index.names == ["parameters.norm", "row"]
+    assert found.loc[("train", "a"), ["n", "seen"]].tolist() == [2, 3.0]
+    assert found.loc[("eval", "a"), ["n", "seen"]].tolist() == [1, 50.0]
+    notebook = defaults(PROJECT / "notebooks" / "04_selective_finetuning.ipynb")
+    assert {name: notebook[name] for name in ADDED} == ADDED

@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
+from safetensors.torch import load_file
 from torch import nn
 
 from opentrans_lab.errors import LabError, OutOfTime
+from opentrans_lab.finetune import freeze
 from opentrans_lab.masks import Mask
 from opentrans_lab.train import TrainConfig, fit
 
@@ -190,3 +192,40 @@ def test_it_stops_at_the_deadline_and_goes_on(tmp_path, monkeypatch):
     resumed, result = train(tmp_path / "cut")
     whole, _ = train(tmp_path / "whole")
     assert result.resumed_at == 2 and equal(weights(whole), weights(resumed))
+
+
+class Exploding(torch.autograd.Function):
+    """A finite loss whose gradient is not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("inf")
+
+
+@pytest.mark.parametrize("when", [7, 11])  # on a step with a checkpoint, and on the last
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(tmp_path, when):
+    seen = iter(range(100))
+
+    def wrong(model, batch):
+        loss = objective(model, batch)["loss"]
+        return {"loss": Exploding.apply(loss) if next(seen) == when else loss}
+
+    with pytest.raises(LabError, match=f"the gradient is (nan|inf) at step {when}.*step-"):
+        fit(Model(), wrong, batches, CONFIG, tmp_path, device="cpu")
+    (left,) = tmp_path.glob("step-*")
+    assert int(left.name.split("-")[1]) <= when
+    assert all(v.isfinite().all() for v in load_file(left / "model.safetensors").values())
+
+
+def test_what_is_frozen_on_the_way_has_no_moments_left(tmp_path):
+    model = Model()
+    layers = ["layer1.0.conv1", "layer2.0.conv2"]
+    fit(model, objective, batches, CONFIG, tmp_path, None, {6: lambda m: freeze(m, layers)}, "cpu")
+    (left,) = tmp_path.glob("step-*")
+    states = torch.load(left / "optimizer.bin", weights_only=True)["state"]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(states) == len(trainable) == sum(1 for _ in model.parameters()) - len(layers)
