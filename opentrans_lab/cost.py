@@ -157,12 +157,12 @@ def training_cost(
     the frozen convolutions' C) and the head's forward pass only. T is thop's, H the head's matrix
     products without those of attention, C bare MACs.
 
-    ``full`` is 3 N (T + H) - (N - Nw) C, less the gradient of the pictures, with the head's backward pass, by the uniform counter, and
-    with the mask in all three passes: what a perfect sparse kernel would multiply. Freezing a
-    convolution saves the gradient of its weight; the one that passes through is needed all the
-    same, unless whole leading stages are frozen: then neither is, nor the one that would pass from
-    the stage behind them; and none ever passes into the pictures. Frozen layers are taken as
-    frozen from Nw on; a trunk that is not trained at all costs more here than it does.
+    ``full`` is 3 N (T + H) - (N - Nw) C, less the gradient of the pictures, with the head's
+    backward pass, by the uniform counter, and with the mask in all three passes: what a perfect
+    sparse kernel would multiply. Freezing a convolution saves the gradient of its weight; the one
+    that passes through is needed all the same, unless whole leading stages are frozen: then neither
+    is, nor the one that would pass from the stage behind them. Frozen layers are taken as frozen
+    from Nw on; a trunk that is not trained at all costs more here than it does.
 
     Args:
         frozen: names of layers ("layer1.0.conv1") or stages ("layer1") by selection; by default the

@@ -35,8 +35,8 @@ def select_layers(
     earlier layer counts as smaller, so that small and large never overlap up to a half.
 
     ``prefix`` is not the paper's: names of whole leading stages, as far as at least half of the
-    layers of each are those of ``low_alpha``. Only behind those does backward really stop. A stage is
-    frozen with all that it holds, layers without an alpha included.
+    layers of each are those of ``low_alpha``. Only behind those does backward really stop. A
+    stage is frozen with all that it holds, layers without an alpha included.
 
     Args:
         alphas: columns ``name`` and ``alpha``, as ``layer_alphas`` gives them.

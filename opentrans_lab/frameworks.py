@@ -25,9 +25,18 @@ def build(framework: str, backbone: Backbone, preset: str = "mini", **options) -
 
     The vocabulary is an argument of ``scores`` and part of a training batch, never of the model.
 
+    ``backbone`` becomes the model's own: a framework sets its stride and what trains in it.
+
     Raises:
-        LabError: unknown framework or preset.
+        LabError: unknown framework or preset, or a backbone that belongs to a model already.
     """
     if framework not in FRAMEWORKS:
         raise LabError(f"unknown framework {framework!r}; use one of {', '.join(FRAMEWORKS)}")
-    return FRAMEWORKS[framework](backbone, preset=preset, **options)
+    if owner := backbone.__dict__.get("_owner"):
+        raise LabError(
+            f"this backbone is part of a model of {owner!r} already, which has changed it; load "
+            "another one for each model"
+        )
+    model = FRAMEWORKS[framework](backbone, preset=preset, **options)
+    backbone.__dict__["_owner"] = framework
+    return model

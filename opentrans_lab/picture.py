@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from .backbone import load_backbone
 from .device import pick
 from .errors import LabError
-from .frameworks import build
+from .evaluate import evaluating, predict
+from .frameworks import FRAMEWORKS, build
 from .loader import open_picture
 from .overlays import compare, overlay
 from .results import runs_root
@@ -33,9 +35,15 @@ class Segmentation:
 
     image: Tensor = field(repr=False)  # (3, H, W) float32 in [0, 1]
     labels: Tensor = field(repr=False)  # (H, W) int64, an index into names
-    scores: Tensor = field(repr=False)  # (C, H, W) float32 on the CPU
+    coarse: Tensor = field(repr=False)  # (C, h, w) float32 on the CPU, as the model gives them
     names: tuple[str, ...]  # one a class, its first where it has several
     model: str  # where the weights are from
+
+    @property
+    def scores(self) -> Tensor:
+        """Of each class at the picture's own size (C, H, W), float32: as large as that is."""
+        size = tuple(self.labels.shape)
+        return F.interpolate(self.coarse[None], size, mode="bilinear", align_corners=False)[0]
 
     @property
     def overlay(self) -> Image.Image:
@@ -57,9 +65,8 @@ class Segmentation:
         return {self.names[i]: float(counts[i]) for i in order if counts[i] > 0}
 
 
-@torch.inference_mode()
 def segment(
-    image: str | Path | Image.Image | Tensor,
+    image: str | Path | Image.Image | Tensor | np.ndarray,
     class_names: ClassNames,
     framework: str = "deeplabv3",
     model: nn.Module | str | Path | None = None,
@@ -69,38 +76,43 @@ def segment(
     """Label every pixel of a picture with one of the names given.
 
     Args:
-        image: a file (turned as its EXIF says; grey, 16-bit and transparent ones, too), a PIL image
-            or a (3, H, W) float tensor in [0, 1].
+        image: a file (turned as its EXIF says; grey, 16-bit and transparent ones, too), a PIL
+            image, (H, W, 3) bytes as an array, or a (3, H, W) float tensor in [0, 1].
         class_names: any names; a class may also be several names of one thing,
             ``["zebra", ("grass", "meadow")]``, of which the best counts.
         framework: key of ``FRAMEWORKS``.
         model: a module of ``frameworks.build``, or the folder of a trained one
             (``runs/stages/segment/<key>``). Default: the newest of this framework.
+            A module is as it was afterwards, but on ``device``.
         size: the shorter side in pixels for the model, such as the one it was trained at; the
             result always has the picture's own size. Default: a trained folder's size; for a
             module, the picture's.
 
     Raises:
-        LabError: no names, a name twice, an unreadable or too small picture, or no trained model.
+        LabError: no names, an empty one or one twice, an unknown framework, an
+            unreadable or too small picture, or no trained model.
     """
+    class_names = list(class_names) if isinstance(class_names, Iterator) else class_names
     names = _checked(class_names)
+    if framework not in FRAMEWORKS:
+        raise LabError(f"unknown framework {framework!r}; use one of {', '.join(FRAMEWORKS)}")
     picture = read_picture(image)
     where, source = pick(device), type(model).__name__
     if not isinstance(model, nn.Module):
         folder = Path(model) if model else newest(framework)
         model, trained = open_model(folder, where)
         size, source = size or trained, str(folder)
-    model = model.to(where).eval()
     h, w = picture.shape[1:]
     scale = max((size or min(h, w)) / min(h, w), LEAST / min(h, w))
     shape = [round(h * scale), round(w * scale)]
     small = F.interpolate(picture[None], shape, mode="bilinear", antialias=True).clamp(0, 1)
-    scores = model.scores(small.to(where), class_names)
-    scores = F.interpolate(scores.float(), (h, w), mode="bilinear", align_corners=False)[0].cpu()
-    return Segmentation(picture, scores.argmax(0), scores, names, source)
+    with evaluating(model, where):
+        scores = model.scores(small.to(where), class_names)[0].float()
+        labels = predict(scores, (h, w))  # a few classes at a time: vocabularies can be long
+    return Segmentation(picture, labels.cpu(), scores.cpu(), names, source)
 
 
-def read_picture(image: str | Path | Image.Image | Tensor) -> Tensor:
+def read_picture(image: str | Path | Image.Image | Tensor | np.ndarray) -> Tensor:
     """A picture as (3, H, W) float32 in [0, 1]: upright, colour, without transparency.
 
     Raises:
@@ -112,8 +124,15 @@ def read_picture(image: str | Path | Image.Image | Tensor) -> Tensor:
                 f"a picture as tensor is (3, H, W) floats in [0, 1], got {tuple(image.shape)} "
                 f"{image.dtype}; divide bytes by 255"
             )
-        pixels = image.float().cpu()
+        pixels = image.detach().float().cpu()
+        if pixels.numel() and not (pixels.min() >= -1e-3 and pixels.max() <= 1 + 1e-3):
+            raise LabError(
+                f"a picture as tensor lies in [0, 1], this one from {pixels.min():.3g} to "
+                f"{pixels.max():.3g}; divide bytes by 255"
+            )
     else:
+        if isinstance(image, np.ndarray):
+            image = _from_array(image)
         if not isinstance(image, Image.Image):
             path = Path(image).expanduser()
             if not path.is_file():
@@ -121,7 +140,13 @@ def read_picture(image: str | Path | Image.Image | Tensor) -> Tensor:
             image = open_picture(path)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # 16 bits: PIL would clip them at 255
-            wide = np.asarray(image, dtype=np.float32) / 65535
+            wide = np.asarray(image, dtype=np.float32)
+            if image.mode == "F":
+                raise LabError(
+                    "a picture of 32-bit floats says nothing of its range; give a (3, H, W) tensor "
+                    "in [0, 1], or a file of 8 or 16 bits"
+                )
+            wide = wide / (255 if image.mode == "I" and wide.max(initial=0) <= 255 else 65535)
             pixels = torch.from_numpy(wide).clamp(0, 1).expand(3, -1, -1).clone()
         else:
             if "A" in image.getbands() or "transparency" in image.info:
@@ -133,6 +158,16 @@ def read_picture(image: str | Path | Image.Image | Tensor) -> Tensor:
     if not min(pixels.shape[1:]):
         raise LabError(f"the picture has no pixels: {tuple(pixels.shape)}")
     return pixels
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    channels = array.shape[2:]
+    if array.dtype != np.uint8 or array.ndim < 2 or channels not in ((), (3,), (4,)):
+        raise LabError(
+            f"a picture as array is (H, W), (H, W, 3) or (H, W, 4) bytes, got {array.shape} "
+            f"{array.dtype}; floats go in as a (3, H, W) tensor in [0, 1]"
+        )
+    return Image.fromarray(array)
 
 
 def newest(framework: str) -> Path:
@@ -190,7 +225,9 @@ def _weights(about: dict) -> str:
 
 
 def _checked(class_names: ClassNames) -> tuple[str, ...]:
-    flat, _ = flat_names(class_names)
+    flat = [name.strip().lower() for name in flat_names(class_names)[0]]  # as CLIP reads them
+    if "" in flat:
+        raise LabError("an empty name means nothing; leave it out")
     twice = sorted({name for name in flat if flat.count(name) > 1})
     if twice:
         raise LabError(f"the name {twice[0]!r} is there twice; a pixel could be either")

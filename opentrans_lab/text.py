@@ -63,9 +63,14 @@ def flat_names(class_names: ClassNames) -> tuple[tuple[str, ...], list[int]]:
     Raises:
         LabError: no class, a bare string instead of a list of names, or a class without a name.
     """
-    if isinstance(class_names, str) or not len(class_names):
+    if isinstance(class_names, str) or not hasattr(class_names, "__len__") or not len(class_names):
         raise LabError(f"class names must be a list with at least one name, got {class_names!r}")
-    groups = [(c,) if isinstance(c, str) else tuple(c) for c in class_names]
+    try:
+        groups = [(c,) if isinstance(c, str) else tuple(c) for c in class_names]
+    except TypeError as error:
+        raise LabError(f"class names are texts or lists of texts, got {class_names!r}") from error
+    if wrong := [name for group in groups for name in group if not isinstance(name, str)]:
+        raise LabError(f"class names are texts or lists of texts, got {wrong[0]!r}")
     if () in groups:
         raise LabError(f"class {groups.index(())} has no name; give each class at least one")
     return tuple(name for group in groups for name in group), [len(group) for group in groups]

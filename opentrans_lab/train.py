@@ -110,7 +110,8 @@ def fit(
     Losses also go to TensorBoard, where ``OPENTRANS_TENSORBOARD`` names a folder.
 
     Raises:
-        LabError: the loss or the norm of its gradient is not finite (names the step), or the config is unknown.
+        LabError: the loss or the norm of its gradient is not finite (names the step), or the
+            config is unknown.
         OutOfTime: the time in ``OPENTRANS_DEADLINE`` has come (a checkpoint is in ``out``).
     """
     # --- set up
@@ -251,8 +252,8 @@ def _log(
     for row in rows:
         if wrong := [n for n in ("loss", "gradient") if not math.isfinite(row[n])]:
             raise LabError(
-                f"the {wrong[0]} is {row[wrong[0]]} at step {row['step']}: lower the learning rate, or set "
-                f"precision='fp32'; the last good checkpoint: {last or 'none'}"
+                f"the {wrong[0]} is {row[wrong[0]]} at step {row['step']}: lower the learning rate, "
+                f"or set precision='fp32'; the last good checkpoint: {last or 'none'}"
             )
     for row in rows if board else ():
         for name in row.keys() - {"step"}:

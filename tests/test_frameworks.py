@@ -175,3 +175,10 @@ def test_unknown_words_are_refused():
         build("unet", load_backbone("mini", device="cpu"))
     with pytest.raises(LabError, match="preset 'huge'"):
         build("deeplabv3", load_backbone("mini", device="cpu"), "huge")
+
+
+def test_a_backbone_belongs_to_one_model():
+    backbone = load_backbone("mini", device="cpu")
+    build("deeplabv3", backbone)
+    with pytest.raises(LabError, match="part of a model of 'deeplabv3' already"):
+        build("fcclip", backbone)

@@ -82,7 +82,8 @@ def test_small_pictures_are_enlarged_and_give_their_own_size(model, rgb):
 @pytest.mark.parametrize(
     ("names", "said"),
     [([], "at least one name"), ("grass", "must be a list"), (["grass", "grass"], "'grass' is"),
-     (["sky", ()], "class 1 has no name")],
+     (["sky", ()], "class 1 has no name"), (["Grass", " grass"], "'grass' is"),
+     ([""], "empty name"), (["sky", 3], "got"), (None, "must be a list")],
 )  # fmt: skip
 def test_wrong_names_are_refused(model, rgb, names, said):
     with pytest.raises(LabError, match=said):
@@ -95,6 +96,15 @@ def test_wrong_pictures_are_named(model, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(b"no picture")
     with pytest.raises(LabError, match="cut.jpg cannot be decoded"):
         segment(tmp_path / "cut.jpg", NAMES, model=model)
+    for wrong in (255 * torch.rand(3, 40, 40), torch.full((3, 40, 40), torch.nan)):
+        with pytest.raises(LabError, match="lies in .0, 1."):
+            segment(wrong, NAMES, model=model)
+    with pytest.raises(LabError, match="bytes, got .40, 40, 3. float64"):
+        segment(np.zeros((40, 40, 3)), NAMES, model=model)
+    with pytest.raises(LabError, match="32-bit floats"):
+        segment(Image.fromarray(np.zeros((40, 40), np.float32)), NAMES, model=model)
+    with pytest.raises(LabError, match="use one of deeplabv3, han, fcclip"):
+        segment(torch.zeros(3, 40, 40), NAMES, framework="unet", model=model)
     with pytest.raises(LabError, match="divide bytes by 255"):
         segment(torch.zeros(3, 40, 40, dtype=torch.uint8), NAMES, model=model)
 
@@ -110,3 +120,14 @@ def test_the_newest_trained_model_is_found(runs, rgb):
     same = segment(Image.fromarray(rgb), NAMES, model=own, size=64, device="cpu")
     torch.testing.assert_close(done.scores, same.scores)
     assert done.model == str(trained.folder)
+
+
+def test_an_array_is_read_and_a_module_stays_as_it_was(model, rgb):
+    torch.testing.assert_close(read_picture(rgb), read_picture(Image.fromarray(rgb)))
+    faint = Image.fromarray(rgb).convert("L").convert("I")  # 32-bit integers of 8 bits' range
+    torch.testing.assert_close(read_picture(faint), read_picture(Image.fromarray(rgb).convert("L")))
+    model.train()
+    model.aspp.eval()
+    done = segment(rgb, (name for name in NAMES), model=model, device="cpu")
+    assert model.training and model.backbone.training and not model.aspp.training
+    assert not done.labels.is_inference() and done.names == tuple(NAMES)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import matplotlib
 import numpy as np
@@ -19,7 +20,9 @@ import torch
 from opentrans_lab import results
 from opentrans_lab.claims import freezing_verdict, judged
 from opentrans_lab.errors import LabError
+from opentrans_lab.grids import defaults
 from opentrans_lab.results import (
+    ADDED,
     PROJECT,
     Run,
     atomic_path,

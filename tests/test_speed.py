@@ -61,7 +61,8 @@ def test_only_leading_stages_spare_the_gradient_that_passes():
 
 @pytest.mark.parametrize("names", [
     [], ["layer1.0.conv2", "layer3.0.conv1"], ["stem"], ["stem", "layer1"], ["layer1"],
-    ["stem", "layer1", "layer2"], list(STAGES), ["conv1", "conv2"],
+    ["stem", "layer1", "layer2"], list(STAGES[:4]),
+    ["conv1", "conv2"],
 ])  # fmt: skip
 def test_the_full_formula_is_what_torch_multiplies(names):
     """Of the trunk in forward and backward: torch's own counter sees each product that is done."""

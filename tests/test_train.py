@@ -170,7 +170,7 @@ def test_losses_go_to_tensorboard_where_a_folder_is_named(tmp_path, monkeypatch)
     found = events.EventAccumulator(str(tmp_path / "train")).Reload()
     losses = {event.step: event.value for event in found.Scalars("loss")}
     assert losses == pytest.approx(dict(zip(history["step"], history["loss"], strict=True)))
-    assert set(found.Tags()["scalars"]) == {"lr", "loss"}
+    assert set(found.Tags()["scalars"]) == {"lr", "loss", "gradient"}
 
 
 def test_bf16_is_close_to_fp32():

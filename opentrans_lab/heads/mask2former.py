@@ -141,7 +141,7 @@ class MaskFramework(nn.Module):
             return torch.einsum("bqc,bqhw->bchw", classes[..., :-1], masks.sigmoid())
 
     def panoptic(
-        self, images: Tensor, class_names: ClassNames, things: Tensor
+        self, images: Tensor, class_names: ClassNames, things: Sequence[bool]
     ) -> list[tuple[Tensor, list[dict]]]:
         """For each picture its segments, see :func:`merge`, at its own size.
 
@@ -149,7 +149,9 @@ class MaskFramework(nn.Module):
             things: (C,) bool, which classes are countable; segments of the others are joined.
         """
         classes, masks = self._predict(images, class_names)
-        size, things = tuple(images.shape[-2:]), things.tolist()
+        size, things = tuple(images.shape[-2:]), [bool(thing) for thing in things]
+        if len(things) != len(class_names):
+            raise LabError(f"{len(class_names)} classes, but things is of {len(things)}")
         return [merge(c, m, things, size) for c, m in zip(classes, masks, strict=True)]
 
     def _predict(self, images: Tensor, class_names: ClassNames) -> tuple[Tensor, Tensor]:
