@@ -252,8 +252,8 @@ def _log(
     for row in rows:
         if wrong := [n for n in ("loss", "gradient") if not math.isfinite(row[n])]:
             raise LabError(
-                f"the {wrong[0]} is {row[wrong[0]]} at step {row['step']}: lower the learning rate, "
-                f"or set precision='fp32'; the last good checkpoint: {last or 'none'}"
+                f"the {wrong[0]} is {row[wrong[0]]} at step {row['step']}: lower the learning "
+                f"rate, or set precision='fp32'; the last good checkpoint: {last or 'none'}"
             )
     for row in rows if board else ():
         for name in row.keys() - {"step"}:

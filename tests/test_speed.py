@@ -12,6 +12,7 @@ from opentrans_lab.backbone import load_backbone
 from opentrans_lab.claims import freezing_verdict, gains, judged, verdict
 from opentrans_lab.cost import training_cost
 from opentrans_lab.finetune import STAGES, freeze, unfreeze
+from opentrans_lab.frameworks import build
 from opentrans_lab.speed import savings, step_costs
 
 FROZEN = {"none": [], "middle": ["layer3.0.conv2"], "prefix": ["stem", "layer1"]}
@@ -67,7 +68,7 @@ def test_only_leading_stages_spare_the_gradient_that_passes():
 def test_the_full_formula_is_what_torch_multiplies(names):
     """Of the trunk in forward and backward: torch's own counter sees each product that is done."""
     model = load_backbone("mini", "random", "cpu")
-    model.visual.attnpool.requires_grad_(False)
+    build("deeplabv3", model, "mini")  # which sets the stride
     images = torch.rand(1, 3, 64, 64)
 
     def multiplied(names):
