@@ -44,19 +44,20 @@ def judged(found: pd.DataFrame, score: str = "seen") -> pd.DataFrame:
     return table.assign(verdict=words)
 
 
-def freezing_verdict(table: pd.DataFrame) -> str:
+def freezing_verdict(table: pd.DataFrame, select: str = "low_alpha") -> str:
     """Does freezing heavy-tailed layers help, and when? In words, from ``judged`` lines.
 
     "Helps" is: more than full fine-tuning in every interval, and in no setting less.
     """
-    low = table.xs("low_alpha", level="select")
+    what = {"low_alpha": "small alpha", "prefix": "the leading stages"}.get(select, select)
+    low = table.xs(select, level="select")
     words = low["verdict"].value_counts()
     count = {word: int(words.get(word, 0)) for word in ("wins", "ties", "loses", ONE_SEED)}
     told = len(low) - count[ONE_SEED]
     if not told:
         more = int((low["gain"] > 0).sum())
         return (
-            f"One seed decides nothing: freezing small alpha is above full fine-tuning in {more} "
+            f"One seed decides nothing: freezing {what} is above full fine-tuning in {more} "
             f"of {len(low)} settings, by {low['gain'].mean():+.1f} points on average."
         )
     if count["wins"] and not count["loses"]:
@@ -66,4 +67,4 @@ def freezing_verdict(table: pd.DataFrame) -> str:
     else:
         answer = "depends on the setting" if count["wins"] else "makes no difference that shows"
     where = ", ".join(f"{word} in {count[word]}" for word in ("wins", "ties", "loses"))
-    return f"Freezing small alpha {answer}: against full fine-tuning it {where} of {told} settings."
+    return f"Freezing {what} {answer}: against full fine-tuning it {where} of {told} settings."
