@@ -1,4 +1,7 @@
-"""Words for numbers: what an interval over seeds says, so that no verdict is written by hand."""
+"""Words for numbers: what an interval over seeds says, so that no verdict is written by hand.
+
+``claim_table`` judges the paper's five claims from whatever runs there are.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,19 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from .tables import differing, half_width
+
 ONE_SEED = "one seed"
+UNTESTED = "not tested here"
+CLOSE = 0.01  # of the printed number: a cost that is reproduced
+RANDOM = ("random_layerwise", "random_layerwise_kd", "random_global")
+CLAIMS = {
+    "C1": "The pruned weights beat random ones in every framework",
+    "C2": "One mask serves every framework without pruning again",
+    "C3": "Freezing small alpha beats full fine-tuning, random and large alpha",
+    "C4": "Mask and selection together keep accuracy at lower cost in every framework",
+    "C5": "The paper's costs follow from a count",
+}
 
 
 def verdict(difference: float, half: float) -> str:
@@ -32,7 +47,7 @@ def gains(table: pd.DataFrame, scores: Sequence[str], against: str = "none") -> 
 
 
 def judged(found: pd.DataFrame, score: str = "seen") -> pd.DataFrame:
-    """The lines of ``results.summary`` but full fine-tuning's, each with its verdict.
+    """The lines of ``tables.summary`` but full fine-tuning's, each with its verdict.
 
     Returns:
         indexed as ``found``: n, gain, half (NaN with one seed), verdict.
@@ -68,3 +83,125 @@ def freezing_verdict(table: pd.DataFrame, select: str = "low_alpha") -> str:
         answer = "depends on the setting" if count["wins"] else "makes no difference that shows"
     where = ", ".join(f"{word} in {count[word]}" for word in ("wins", "ties", "loses"))
     return f"Freezing {what} {answer}: against full fine-tuning it {where} of {told} settings."
+
+
+def compared(
+    found: pd.DataFrame, which: str, ours: str, rivals: Sequence[str], by: Sequence[str],
+    score: str, every: bool = False,
+) -> pd.DataFrame:  # fmt: skip
+    """How far ``ours`` is ahead of the best of its ``rivals``, seed by seed, in each setting.
+
+    Args:
+        found: ``tables.lines``. which: the column that names the competitors.
+        by: columns that tell settings apart, beside the parameters in which the runs differ.
+        score: mIoU in percent. every: leave out what lacks one of the rivals.
+
+    Returns:
+        one line a setting that has ``ours`` and a rival: ``by``, n, gain (points), half (of the
+        95 % interval, NaN with one seed), verdict.
+    """
+    if found.empty or score not in found:
+        return pd.DataFrame(columns=[*by, "n", "gain", "half", "verdict"])
+    # Runs with other rows beside these are the same experiment.
+    about = [c for c in differing(found) if c not in ("parameters.rows", "parameters.selects")]
+    by = [*dict.fromkeys([*by, *about])]
+    wide = found.pivot_table(score, [*by, "seed"], which, dropna=False, observed=True)
+    wide = wide.reindex(columns=[ours, *rivals])
+    best = wide[list(rivals)].max(axis=1, skipna=not every)
+    gap = (wide[ours] - best).dropna()
+    groups = gap.groupby(level=by, dropna=False)
+    table = pd.DataFrame({"n": groups.size(), "gain": groups.mean()})
+    table["half"] = half_width(groups.std(), table["n"])
+    words = [verdict(g, h) for g, h in zip(table["gain"], table["half"], strict=True)]
+    return table.assign(verdict=words).reset_index()
+
+
+def _judge(good: pd.Series, bad: pd.Series, seeds: pd.Series) -> str:
+    word = "holds" if good.all() else "does not hold" if bad.all() else "mixed"
+    alone = (seeds == 1).mean()
+    return word + (f", {ONE_SEED}" if alone == 1 else f", partly {ONE_SEED}" if alone else "")
+
+
+def _superior(table: pd.DataFrame, frameworks: Sequence[str] = ()) -> tuple[str, str]:
+    """Verdict and evidence for "ours is ahead in each setting": in an interval, with one seed by
+    the sign alone."""
+    if table.empty:
+        return UNTESTED, "no finished run"
+    alone = table["n"] == 1
+    good = (table["verdict"] == "wins") | (alone & (table["gain"] > 0))
+    bad = (table["verdict"] == "loses") | (alone & (table["gain"] <= 0))
+    told = f"ahead in {int((table['gain'] > 0).sum())} of {len(table)} settings, "
+    told += ", ".join(f"{n} {word}" for word, n in table["verdict"].value_counts().items())
+    return _where(_judge(good, bad, table["n"]), told, table, frameworks)
+
+
+def _where(
+    word: str, told: str, table: pd.DataFrame, frameworks: Sequence[str]
+) -> tuple[str, str]:
+    """With the spread of the gains, and with what was not run."""
+    told += f", {table['gain'].min():+.1f} to {table['gain'].max():+.1f} points"
+    if not (missing := sorted(set(frameworks).difference(table["parameters.framework"]))):
+        return word, told
+    return f"{word} where tested", f"{told}; not tested in {', '.join(missing)}"
+
+
+def claim_table(
+    transfer: pd.DataFrame,
+    selection: pd.DataFrame,
+    both: pd.DataFrame,
+    costs: pd.DataFrame,
+    frameworks: Sequence[str],
+    score: str = "seen",
+) -> pd.DataFrame:
+    """The paper's claims C1 to C5 before the runs there are.
+
+    A verdict is "holds", "does not hold", "mixed" (over the settings) or "not tested here"; with
+    one seed it says so, and where a framework lacks, too.
+
+    Args:
+        transfer, selection, both: ``tables.lines`` of 03's transfer, 04's selection and 04's both.
+        costs: columns ``counted`` and ``printed``, of the cells of the paper that have a count.
+        frameworks: all that the claims speak of.
+        score: column of mIoU in percent that decides.
+
+    Returns:
+        claim, says, verdict, evidence.
+    """
+    by = ["parameters.framework"]
+    first = compared(transfer, "row", "ours", RANDOM, by, score)
+    second = compared(transfer, "row", "ours_mask_only", RANDOM[::2], by, score)
+    rivals = ("none", "random", "high_alpha")
+    third = compared(selection, "select", "low_alpha", rivals, [*by, "regime"], score, True)
+    found = {
+        "C1": _superior(first, frameworks),
+        "C2": _superior(second, frameworks),
+        "C3": _superior(third),
+        "C4": _kept(both, frameworks, score),
+        "C5": _reproduced(costs),
+    }
+    return pd.DataFrame(
+        {"claim": key, "says": CLAIMS[key], "verdict": word, "evidence": evidence}
+        for key, (word, evidence) in found.items()
+    )
+
+
+def _kept(both: pd.DataFrame, frameworks: Sequence[str], score: str) -> tuple[str, str]:
+    table = compared(both, "has", "both", ["neither"], ["parameters.framework"], score)
+    if table.empty:
+        return UNTESTED, "no finished run"
+    top = table["gain"] + table["half"].fillna(0)
+    cost = both.loc[both["has"] == "both", "training"]
+    kept = (top >= 0) & (cost.max() < 100)
+    told = f"accuracy kept in {int((top >= 0).sum())} of {len(table)} settings"
+    told += f", at {cost.min():.0f} to {cost.max():.0f} % of the training cost"
+    return _where(_judge(kept, ~kept, table["n"]), told, table, frameworks)
+
+
+def _reproduced(costs: pd.DataFrame) -> tuple[str, str]:
+    costs = costs.dropna()
+    if costs.empty:
+        return UNTESTED, "nothing counted"
+    off = (costs["counted"] / costs["printed"] - 1).abs()
+    good = off <= CLOSE
+    told = f"{int(good.sum())} of {len(good)} cells within {CLOSE:.0%}, the worst {off.max():.1%}"
+    return _judge(good, ~good, pd.Series([2])), f"{told} off"

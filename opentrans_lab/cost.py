@@ -36,7 +36,7 @@ from .finetune import STAGES, stage_of
 from .frameworks import FRAMEWORKS
 from .masks import Mask
 from .recipes import DENSITY, MEDIAN_LAYER, RECIPES, thop_trunk
-from .results import paper
+from .tables import paper
 
 SIZE = "800x1216"  # of Table 1: the first picture of COCO's validation set
 IMAGES, WARMUP = 50_000 * 28, 10_000 * 28  # seen in fine-tuning, and before layers are frozen
@@ -222,6 +222,23 @@ def training_cost(
     table.insert(9, "printed", printed.to_numpy() if published else float("nan"))
     table.insert(10, "residual", table["paper"] - table["printed"])
     return table
+
+
+def printed_cells() -> pd.DataFrame:
+    """Every cost that the paper prints (Tables 1, 2 and 4) beside its reconstruction.
+
+    Returns:
+        framework, cell, counted, printed (parameters, MACs, or PMACs of a training).
+    """
+    cells = []
+    for framework in FRAMEWORKS:
+        table = cost(framework).query("convention == 'paper'").set_index("component")
+        for cell in ("params", "macs", "sparse_params", "sparse_macs"):
+            counted, printed = table.loc["total", cell], table.loc["printed", cell]
+            cells.append((framework, cell, float(counted), float(printed)))
+    for line in training_cost("han").itertuples():
+        cells.append(("han", f"training, {line.select}, {line.row}", line.paper, line.printed))
+    return pd.DataFrame(cells, columns=["framework", "cell", "counted", "printed"])
 
 
 def _convolutions(counted: Counted, mask: Mask | None) -> pd.DataFrame:

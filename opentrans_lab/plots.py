@@ -239,7 +239,7 @@ def transfer(found: pd.DataFrame, scores: Sequence[str]) -> Figure:
     """Bars of mIoU (%) a row of the transfer table, a panel a setting, with 95 % intervals.
 
     Args:
-        found: what ``results.summary`` gives by ``row``; intervals where it has ``<score> ±``.
+        found: what ``tables.summary`` gives by ``row``; intervals where it has ``<score> ±``.
     """
     settings = [name for name in found.index.names if name != "row"]
     panels = list(found.groupby(level=settings, sort=False)) if settings else [((), found)]
@@ -258,6 +258,28 @@ def transfer(found: pd.DataFrame, scores: Sequence[str]) -> Figure:
         seeds = f"{lines['n'].min()} to {lines['n'].max()} seeds"
         axis.set(title=", ".join([*words, seeds]), ylabel="mIoU (%)")
     axes[0, 0].legend()
+    return fig
+
+
+def cost_bubbles(panels: Mapping[str, pd.DataFrame]) -> Figure:
+    """mIoU against MACs, one bubble a row, its area the parameters (the paper's Figure 1).
+
+    Args:
+        panels: by title, tables of ``framework, row, GMACs, params_M, mIoU`` (%); may be empty.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.6), squeeze=False)
+    kinds = pd.concat([table["framework"] for table in panels.values()]).unique()
+    colours = dict(zip(kinds, sns.color_palette(n_colors=len(kinds)), strict=True))
+    for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
+        area = 60 + 900 * table["params_M"] / table["params_M"].max()
+        axis.scatter(table["GMACs"], table["mIoU"], area, table["framework"].map(colours),
+                     alpha=0.55, edgecolors="w")  # fmt: skip
+        for line in table.itertuples():
+            axis.annotate(line.row, (line.GMACs, line.mIoU), fontsize=7, ha="center", va="center")
+        axis.set(title=title, xlabel="GMACs of a picture", ylabel="mIoU (%)")
+        axis.margins(0.15)
+    handles = [Patch(color=colours[kind], label=kind) for kind in kinds]
+    axes[0, 0].legend(handles=handles, title="area: parameters")
     return fig
 
 

@@ -1,7 +1,6 @@
 """What a run leaves behind, and how to find it again: one folder a run, ``metrics.json`` in it.
 
-``runs/<notebook>/<key>/`` follows from the parameters alone, so equal parameters are one run. The
-tables read only these files, with the paper's numbers (``data/paper``) beside them.
+``runs/<notebook>/<key>/`` follows from the parameters alone, so equal parameters are one run.
 """
 
 from __future__ import annotations
@@ -22,16 +21,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
-from scipy.stats import t as student_t
 
 from . import __version__
 from .errors import LabError
 
 PROJECT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "accelerate", "numpy")
-APART = ("seed", "device", "devices")  # parameters that make no experiment another one
-ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "reselect": 0}
-"""Parameters that the first published runs did not have yet, with the values that they ran with."""
 STAGE = "OPENTRANS_STAGE"  # the folder in which the runner lets a notebook write, until it is done
 
 
@@ -262,84 +257,3 @@ def collect(notebook: str | None = None) -> pd.DataFrame:
         return pd.DataFrame(columns=["notebook", "key", "folder"])
     frame = pd.json_normalize(rows)
     return frame[[c for c in frame if c != "status" and not c.startswith("versions.")]]
-
-
-def _experiment(params: dict) -> str:
-    return run_key({k: v for k, v in params.items() if k not in ("device", "devices")})
-
-
-def summary(
-    notebook: str,
-    table: str,
-    by: list[str],
-    values: list[str],
-    mine: tuple[dict, pd.DataFrame] | None = None,
-    **parameters,
-) -> pd.DataFrame:
-    """``<table>.csv`` of all finished runs of a notebook, reduced over their seeds.
-
-    Args:
-        by: columns of the table that tell lines apart.
-        values: columns to average; those that no run has are left out.
-        mine: parameters and table of a run that is not saved yet, to count as well.
-        parameters: only runs with these values.
-
-    Returns:
-        indexed by ``by`` and by every parameter (but seed and devices) in which the runs differ, so
-        that different experiments are never averaged (an older run counts with the values of
-        ``ADDED``): n (seeds, of each the newest run), the mean of each value over the seeds and,
-        from two seeds on, ``<value> ±``, the half-width of a 95 % interval (Student's t). Empty
-        where nothing has run.
-    """
-    found = {}
-    for folder, record in records(notebook):  # the newest of the same experiment stays
-        if (folder / f"{table}.csv").exists():
-            own = ADDED | record["parameters"]
-            found[_experiment(own)] = (own, pd.read_csv(folder / f"{table}.csv"))
-    if mine:
-        found[_experiment(ADDED | mine[0])] = (ADDED | mine[0], mine[1])
-    parts = []
-    for own, lines in found.values():
-        if all(own.get(k) == v for k, v in parameters.items()):
-            about = {f"parameters.{k}": v for k, v in own.items() if k not in APART}
-            parts.append(lines.assign(**about, seed=own.get("seed")))
-    if not parts:
-        return pd.DataFrame(columns=["n", *values])
-    lines = pd.concat(parts, ignore_index=True)
-    about = [c for c in lines if c.startswith("parameters.")]
-    by = [*(c for c in about if lines[c].nunique() > 1), *by]
-    values = [v for v in values if v in lines and lines[v].notna().any()]
-    once = lines.groupby([*by, "seed"], sort=False, dropna=False)[values].mean()  # a line a seed
-    groups = once.groupby(level=by, sort=False, dropna=False)
-    found = groups.size().to_frame("n")
-    for value in values:
-        found[value] = groups[value].mean()
-        if (found["n"] > 1).any():
-            t = student_t.ppf(0.975, (found["n"] - 1).where(found["n"] > 1))
-            found[f"{value} ±"] = t * groups[value].std() / found["n"] ** 0.5
-    return found
-
-
-def paper(name: str) -> pd.DataFrame:
-    """One of the paper's tables in tidy form (``data/paper/<name>.csv``: one number a row).
-
-    Raises:
-        LabError: no such table.
-    """
-    path = PROJECT / "data" / "paper" / f"{name}.csv"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv")))
-        raise LabError(f"the paper's {name!r} is not in data/paper; choose one of: {known}")
-    return pd.read_csv(path)
-
-
-def paper_wide(name: str) -> pd.DataFrame:
-    """A paper's table as it is printed: a line a system, a column a data set or metric."""
-    table = paper(name)
-    table["column"] = (
-        table["dataset"].fillna(table["metric"]) if "dataset" in table else table["metric"]
-    )
-    about = {"dataset", "metric", "value", "unit", "source", "column", "backbone", "training_set"}
-    lines = [c for c in table if c not in about]
-    table[lines] = table[lines].fillna("")
-    return table.pivot_table("value", lines, "column", sort=False)

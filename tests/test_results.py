@@ -22,16 +22,14 @@ from opentrans_lab.claims import freezing_verdict, judged
 from opentrans_lab.errors import LabError
 from opentrans_lab.grids import defaults
 from opentrans_lab.results import (
-    ADDED,
     PROJECT,
     Run,
     atomic_path,
     collect,
-    paper,
     run_dir,
     run_key,
-    summary,
 )
+from opentrans_lab.tables import ADDED, paper, summary
 from opentrans_lab.transfer import ROWS
 
 matplotlib.use("Agg")

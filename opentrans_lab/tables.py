@@ -1,0 +1,139 @@
+"""Tables over many runs, reduced over seeds, and the paper's beside them (``data/paper``)."""
+
+from __future__ import annotations
+
+import pandas as pd
+from scipy.stats import t as student_t
+
+from .errors import LabError
+from .results import PROJECT, records, run_key
+
+APART = ("seed", "device", "devices")  # parameters that make no experiment another one
+ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "reselect": 0}
+"""Parameters that the first published runs did not have yet, with the values that they ran with."""
+
+
+def _experiment(params: dict) -> str:
+    return run_key({k: v for k, v in params.items() if k not in ("device", "devices")})
+
+
+def lines(
+    notebook: str, table: str, mine: tuple[dict, pd.DataFrame] | None = None, **parameters
+) -> pd.DataFrame:
+    """All lines of ``<table>.csv`` of a notebook's finished runs, of each experiment the newest.
+
+    Args:
+        mine: parameters and table of a run that is not saved yet, to count as well.
+        parameters: only runs with these values. An older run counts with the values of ``ADDED``.
+
+    Returns:
+        the table's columns, ``seed``, ``folder`` (of the run) and ``parameters.<name>`` of all
+        parameters that make an experiment. Empty where nothing has run.
+    """
+    found = {}
+    for folder, record in records(notebook):
+        if (folder / f"{table}.csv").exists():
+            own = ADDED | record["parameters"]
+            found[_experiment(own)] = (own, pd.read_csv(folder / f"{table}.csv"), str(folder))
+    if mine:
+        found[_experiment(ADDED | mine[0])] = (ADDED | mine[0], mine[1], "")
+    parts = []
+    for own, part, folder in found.values():
+        if all(own.get(k) == v for k, v in parameters.items()):
+            about = {f"parameters.{k}": v for k, v in own.items() if k not in APART}
+            parts.append(part.assign(**about, seed=own.get("seed"), folder=folder))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def differing(found: pd.DataFrame) -> list[str]:
+    """The ``parameters.<name>`` columns in which these lines differ."""
+    return [c for c in found if c.startswith("parameters.") and found[c].nunique() > 1]
+
+
+def half_width(std: pd.Series, n: pd.Series) -> pd.Series:
+    """Half of the 95 % interval of a mean over ``n`` seeds (Student's t); NaN for one."""
+    return student_t.ppf(0.975, (n - 1).where(n > 1)) * std / n**0.5
+
+
+def summary(
+    notebook: str,
+    table: str,
+    by: list[str],
+    values: list[str],
+    mine: tuple[dict, pd.DataFrame] | None = None,
+    **parameters,
+) -> pd.DataFrame:
+    """:func:`lines`, reduced over their seeds.
+
+    Args:
+        by: columns of the table that tell lines apart.
+        values: columns to average; those that no run has are left out.
+        mine, parameters: as for :func:`lines`.
+
+    Returns:
+        indexed by ``by`` and by every parameter (but seed and devices) in which the runs differ, so
+        that different experiments are never averaged: n (seeds), the mean of each value over the
+        seeds and, from two seeds on, ``<value> ±``, the half-width of a 95 % interval. Empty where
+        nothing has run.
+    """
+    every = lines(notebook, table, mine, **parameters)
+    if every.empty:
+        return pd.DataFrame(columns=["n", *values])
+    by = [*differing(every), *by]
+    values = [v for v in values if v in every and every[v].notna().any()]
+    once = every.groupby([*by, "seed"], sort=False, dropna=False)[values].mean()  # a line a seed
+    groups = once.groupby(level=by, sort=False, dropna=False)
+    found = groups.size().to_frame("n")
+    for value in values:
+        found[value] = groups[value].mean()
+        if (found["n"] > 1).any():
+            found[f"{value} ±"] = half_width(groups[value].std(), found["n"])
+    return found
+
+
+def paper(name: str) -> pd.DataFrame:
+    """One of the paper's tables in tidy form (``data/paper/<name>.csv``: one number a row).
+
+    Raises:
+        LabError: no such table.
+    """
+    path = PROJECT / "data" / "paper" / f"{name}.csv"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv")))
+        raise LabError(f"the paper's {name!r} is not in data/paper; choose one of: {known}")
+    return pd.read_csv(path)
+
+
+def paper_wide(name: str) -> pd.DataFrame:
+    """A paper's table as it is printed: a line a system, a column a data set or metric."""
+    table = paper(name)
+    table["column"] = (
+        table["dataset"].fillna(table["metric"]) if "dataset" in table else table["metric"]
+    )
+    about = {"dataset", "metric", "value", "unit", "source", "column", "backbone", "training_set"}
+    lines = [c for c in table if c not in about]
+    table[lines] = table[lines].fillna("")
+    return table.pivot_table("value", lines, "column", sort=False)
+
+
+def cost_points(found: pd.DataFrame, score: str = "seen") -> pd.DataFrame:
+    """Rows of the transfer table with what they cost: framework, row, GMACs, params_M, mIoU (%).
+
+    Args:
+        found: :func:`lines` of 03's transfer; means over its seeds and settings.
+    """
+    columns = ["framework", "row", "GMACs", "params_M", "mIoU"]
+    if found.empty:
+        return pd.DataFrame(columns=columns)
+    named = {"parameters.framework": "framework", "macs": "GMACs", "params": "params_M"}
+    table = found.rename(columns=named | {score: "mIoU"})
+    table = table.assign(GMACs=table["GMACs"] / 1e9, params_M=table["params_M"] / 1e6)
+    return table.groupby(columns[:2], sort=False)[columns[2:]].mean().reset_index()
+
+
+def paper_points(dataset: str = "coco") -> pd.DataFrame:
+    """:func:`cost_points` of the paper's Table 1; its FLOPs are MACs."""
+    table = paper("table1")
+    table = table[table["dataset"].isna() | (table["dataset"] == dataset)]
+    wide = table.pivot_table("value", ["framework", "row"], "metric", sort=False).reset_index()
+    return wide.rename(columns={"flops": "GMACs", "params": "params_M", "miou": "mIoU"})

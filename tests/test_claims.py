@@ -1,0 +1,124 @@
+"""Verdicts on the paper's claims follow from the data and change with them (made-up metrics)."""
+
+import pandas as pd
+import pytest
+
+from opentrans_lab import plots
+from opentrans_lab.claims import CLAIMS, RANDOM, UNTESTED, claim_table, compared
+from opentrans_lab.cost import printed_cells
+from opentrans_lab.tables import cost_points, paper_points
+
+FRAMEWORKS = ("a", "b")
+NOTHING = pd.DataFrame()
+
+
+def transfer(gaps, frameworks=FRAMEWORKS):
+    """``ours`` ahead of the best random row by ``gaps`` points, a seed each; frameworks differ."""
+    rows = []
+    for f, framework in enumerate(frameworks):
+        for seed, gap in enumerate(gaps[f] if isinstance(gaps, dict) else gaps):
+            scores = {"dense": 60.0, "ours": 20 + gap, "ours_mask_only": 20 + gap}
+            scores |= {row: 20.0 - i + seed for i, row in enumerate(RANDOM)}
+            scores |= {row: scores[row] + seed for row in ("ours", "ours_mask_only")}
+            rows += [{"row": row, "seen": seen, "parameters.framework": framework, "seed": seed}
+                     for row, seen in scores.items()]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def selection(low):
+    scores = {"none": 30.0, "random": 29.0, "high_alpha": 28.0}
+    return pd.DataFrame(
+        {"select": select, "regime": "plenty", "seen": seen, "parameters.framework": "a",
+         "seed": seed}
+        for seed, value in enumerate(low)
+        for select, seen in (scores | {"low_alpha": value}).items()
+    )  # fmt: skip
+
+
+def both(value, training=60.0, frameworks=FRAMEWORKS):
+    return pd.DataFrame(
+        {"has": has, "seen": seen, "training": cost, "parameters.framework": framework,
+         "seed": seed}
+        for framework in frameworks
+        for seed in (0, 1, 2)
+        for has, seen, cost in (("neither", 30.0 + seed, 100.0),
+                                ("both", value + 1.1 * seed, training))
+    )  # fmt: skip
+
+
+def judged(first=NOTHING, third=NOTHING, fourth=NOTHING, costs=None):
+    costs = pd.DataFrame({"counted": [], "printed": []}) if costs is None else costs
+    table = claim_table(first, third, fourth, costs, FRAMEWORKS).set_index("claim")
+    assert list(table.index) == list(CLAIMS)
+    return table
+
+
+@pytest.mark.parametrize("gaps, word", [
+    ([5, 6, 5.5], "holds"),
+    ([-5, -6, -5.5], "does not hold"),
+    ([5, -6, 0.5], "mixed"),  # undecided in both
+    ({0: [5, 6, 5.5], 1: [-5, -6, -5.5]}, "mixed"),
+    ([5], "holds, one seed"),
+    ([-5], "does not hold, one seed"),
+    ({0: [5, 6, 5.5], 1: [4]}, "holds, partly one seed"),
+    ({0: [5, 6, 5.5], 1: []}, "holds where tested"),
+])  # fmt: skip
+def test_the_mask_is_judged_in_every_framework(gaps, word):
+    table = judged(transfer(gaps))
+    assert table.loc["C1", "verdict"] == word
+    assert ("not tested in b" in table.loc["C1", "evidence"]) == ("where tested" in word)
+    assert (table.loc[["C3", "C4", "C5"], "verdict"] == UNTESTED).all()
+
+
+def test_the_weights_and_the_mask_are_two_claims():
+    found = transfer([5, 6, 5.5])
+    found.loc[found["row"] == "ours_mask_only", "seen"] -= 20
+    assert list(judged(found)["verdict"][:2]) == ["holds", "does not hold"]
+
+
+@pytest.mark.parametrize("low, word", [
+    ([33, 33.5, 32.8], "holds"), ([29.5, 29.4, 29.6], "does not hold"), ([31, 27, 33], "mixed"),
+    ([31], "holds, one seed"),
+])  # fmt: skip
+def test_small_alpha_must_beat_all_three(low, word):
+    assert judged(third=selection(low)).loc["C3", "verdict"] == word
+
+
+def test_both_together_keep_accuracy_only_at_a_lower_cost():
+    assert judged(fourth=both(30.0)).loc["C4", "verdict"] == "holds"
+    assert judged(fourth=both(20.0)).loc["C4", "verdict"] == "does not hold"
+    assert judged(fourth=both(30.0, training=101.0)).loc["C4", "verdict"] == "does not hold"
+    mixed = pd.concat([both(30.0, frameworks=["a"]), both(20.0, frameworks=["b"])])
+    assert judged(fourth=mixed).loc["C4", "verdict"] == "mixed"
+
+
+def test_costs_are_held_against_what_is_printed():
+    costs = pd.DataFrame({"counted": [100.4, 50.0, 7.0], "printed": [100.0, 50.2, None]})
+    assert judged(costs=costs).loc["C5", "verdict"] == "holds"
+    costs.loc[1, "counted"] = 60.0
+    table = judged(costs=costs)
+    assert table.loc["C5", "verdict"] == "mixed" and "1 of 2 cells" in table.loc["C5", "evidence"]
+
+
+def test_a_gap_is_taken_seed_by_seed():
+    found = compared(transfer([5, 6, 7]), "row", "ours", RANDOM, ["parameters.framework"], "seen")
+    assert found["gain"].tolist() == pytest.approx([6.0, 6.0])  # seeds differ by 1, in both rows
+    assert found["half"].tolist() == pytest.approx([2.484, 2.484], abs=1e-3)
+    assert found["n"].tolist() == [3, 3] and found["verdict"].tolist() == ["wins"] * 2
+
+
+def test_the_papers_costs_are_counted_and_points_stand_beside_its_own(runs):
+    cells = printed_cells()
+    assert len(cells) == 17 and cells["printed"].notna().all()
+    table = judged(costs=cells)
+    off = (cells["counted"] / cells["printed"] - 1).abs()
+    assert table.loc["C5", "verdict"] == ("holds" if (off <= 0.01).all() else "mixed")
+    theirs = paper_points().set_index(["framework", "row"])
+    assert theirs.loc[("han", "dense"), ["GMACs", "params_M", "mIoU"]].tolist() == [268.2, 44.1, 46]
+    assert len(theirs) == 9 and theirs.notna().all().all()
+    found = transfer([5]).assign(macs=2e9, params=3e6)
+    ours = cost_points(found)
+    assert len(ours) == 2 * found["row"].nunique() and ours["GMACs"].eq(2).all()
+    figure = plots.cost_bubbles({"ours": ours, "theirs": theirs.reset_index(), "none": ours[:0]})
+    assert [len(axis.texts) for axis in figure.axes] == [len(ours), 9, 0]
+    assert cost_points(NOTHING).empty
