@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -63,3 +64,21 @@ def write_notebook():
         return path
 
     return write
+
+
+@pytest.fixture
+def browser():
+    """The machine's own headless Chromium; tests that need one are skipped where there is none.
+
+    Of one test: its event loop would be in the way of the kernels of others.
+    """
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed (on Debian: apt-get install chromium)")
+    with sync_playwright() as play:
+        # Root, as in containers, has no sandbox; the pages are our own.
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        with play.chromium.launch(executable_path=found, args=arguments) as running:
+            yield running

@@ -11,6 +11,7 @@ from .results import PROJECT, records, run_key
 APART = ("seed", "device", "devices")  # parameters that make no experiment another one
 ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "reselect": 0}
 """Parameters that the first published runs did not have yet, with the values that they ran with."""
+POINTS = ("dense", "ours", "random_layerwise")  # the paper's three
 
 
 def _experiment(params: dict) -> str:
@@ -116,7 +117,9 @@ def paper_wide(name: str) -> pd.DataFrame:
     return table.pivot_table("value", lines, "column", sort=False)
 
 
-def cost_points(found: pd.DataFrame, score: str = "seen") -> pd.DataFrame:
+def cost_points(
+    found: pd.DataFrame, score: str = "seen", rows: tuple[str, ...] = POINTS
+) -> pd.DataFrame:
     """Rows of the transfer table with what they cost: framework, row, GMACs, params_M, mIoU (%).
 
     Args:
@@ -127,6 +130,7 @@ def cost_points(found: pd.DataFrame, score: str = "seen") -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     named = {"parameters.framework": "framework", "macs": "GMACs", "params": "params_M"}
     table = found.rename(columns=named | {score: "mIoU"})
+    table = table[table["row"].isin(rows)]
     table = table.assign(GMACs=table["GMACs"] / 1e9, params_M=table["params_M"] / 1e6)
     return table.groupby(columns[:2], sort=False)[columns[2:]].mean().reset_index()
 
