@@ -84,8 +84,8 @@ def test_it_reads_well_in_a_browser_and_its_tables_sort(site, browser):
         page.goto(path.as_uri())
         page.wait_for_load_state("load")
         widths = page.evaluate(
-            "Promise.all([...document.images].map(async (i) => { i.loading = 'eager'; await i.decode();"
-            " return i.naturalWidth }))"
+            "Promise.all([...document.images].map(async (i) => { i.loading = 'eager';"
+            " await i.decode(); return i.naturalWidth }))"
         )
         assert all(width > 0 for width in widths)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
