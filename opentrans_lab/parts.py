@@ -105,7 +105,8 @@ def gain(whole: Tensor, alone: Tensor, draws: int = 1000, seed: int = 0) -> dict
     """mIoU in % of both, their difference in points, and its 95 % interval.
 
     The interval is the bootstrap's over pictures (percentiles of ``draws`` resamples), which are
-    the same for both: what makes a picture hard is not counted as doubt about the difference.
+    the same for both: what makes a picture hard is not counted as doubt about the difference. A
+    class in few pictures is missing from some resamples, and the interval then leans to one side.
 
     Args:
         whole, alone: (N, 3, C) counts of the same N pictures, see ``picture_counts``.

@@ -6,6 +6,7 @@ who can talk to a scheduler can run code.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -129,9 +130,15 @@ def _client(workers: int, scheduler: str) -> Iterator[Client]:
                 i: {"cls": Nanny, "options": _options(i, workers, security)} for i in range(workers)
             },
             security=security,
+            silence_logs=logging.CRITICAL,  # what matters of a worker's end is said by us
         )
         with cluster, Client(cluster) as client:
-            yield client
+            try:
+                yield client
+            except BaseException:  # Ctrl-C: closing would wait for the notebooks to end
+                for nanny in cluster.workers.values():
+                    cluster.sync(nanny.kill, timeout=1)
+                raise
 
 
 def _options(i: int, workers: int, security: Security) -> dict:
@@ -141,6 +148,7 @@ def _options(i: int, workers: int, security: Security) -> dict:
         "host": LOOPBACK,
         "dashboard": False,
         "security": security,
+        "silence_logs": logging.CRITICAL,
         "env": share(i, workers),
     }
 
@@ -160,5 +168,6 @@ def share(i: int, workers: int) -> dict[str, str]:
         gpus = visible.split(",")[: len(gpus)]
     if gpus:
         mine = gpus[i * len(gpus) // workers : (i + 1) * len(gpus) // workers]
-        found["CUDA_VISIBLE_DEVICES"] = ",".join(mine or [gpus[i % len(gpus)]])
+        few = len(gpus) < workers
+        found["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)] if few else ",".join(mine)
     return found

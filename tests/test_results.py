@@ -29,7 +29,7 @@ from opentrans_lab.results import (
     run_dir,
     run_key,
 )
-from opentrans_lab.tables import ADDED, paper, summary
+from opentrans_lab.tables import ADDED, lines, paper, summary
 from opentrans_lab.transfer import ROWS
 
 matplotlib.use("Agg")
@@ -229,9 +229,7 @@ def test_the_readmes_frameworks_are_what_the_published_runs_say(monkeypatch, tmp
     monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
     monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
     runs = collect("03_transfer").query("seed == 0 and `parameters.prune_lr` == 1e-4")
-    after_kd = runs["parameters.rows"].str.contains("ours_kd")
-    kds, runs = runs[after_kd].to_dict("records"), runs[~after_kd]
-    kds = {run.get("parameters.norm") == "recalibrated": run for run in kds}
+    runs = runs[~runs["parameters.rows"].str.contains("ours_kd")]
     order = {("deeplabv3", 0.1): 0, ("han", 0.1): 1, ("fcclip", 0.1): 2, ("fcclip", 0.0): 3}
     lines = (PROJECT / "README.md").read_text().split("one mask serve three")[1].splitlines()
     said = {}
@@ -245,12 +243,6 @@ def test_the_readmes_frameworks_are_what_the_published_runs_say(monkeypatch, tmp
         for row, cells in said.items():
             found = (run[f"metrics.miou.{row}.{split}"] for split in ("seen", "unseen"))
             assert cells[column] == " / ".join(f"{value:.1f}" for value in found)
-    said = {cells[0]: cells[1:] for cells in cells_of("Where CLIP stays frozen")[2:]}
-    assert list(said) == kds[True]["parameters.rows"].split() and len(kds) == 2
-    for row, cells in said.items():
-        for cell, run in zip(cells, (kds[False], kds[True]), strict=True):
-            found = (run[f"metrics.miou.{row}.{split}"] for split in ("seen", "unseen"))
-            assert cell == " / ".join(f"{value:.1f}" for value in found)
     second = collect("03_transfer").query("seed == 1 and `parameters.prune_lr` == 1e-4")
     sentence = next(line for line in lines if "A second seed" in line)
     for run in second[second["parameters.framework"] != "fcclip"].to_dict("records"):
@@ -261,6 +253,26 @@ def test_the_readmes_frameworks_are_what_the_published_runs_say(monkeypatch, tmp
         best = max(rows, key=lambda row: run[f"metrics.miou.{row}.seen"])
         assert best == "random_layerwise_kd"
     assert len(second) >= 2
+
+
+def test_the_readmes_frozen_clip_is_what_the_published_runs_say(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
+    monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
+    found = lines("03_transfer", "transfer", framework="fcclip", backbone_lr=0.0)
+    found = found.drop_duplicates(["row", "parameters.norm"], keep="last")
+    found = found.set_index(["row", "parameters.norm"])
+    said = {cells[0]: cells[1:] for cells in cells_of("Where CLIP stays frozen")[2:]}
+    assert len(said) == 9
+    for row, cells in said.items():
+        for norm, cell in zip(("train", "recalibrated"), cells, strict=True):
+            line = found.loc[(row, norm)]
+            assert cell == f"{line['seen']:.1f} / {line['unseen']:.1f}"
+    parts = lines("03_transfer", "parts", framework="fcclip").query("part == 'head'")
+    text = (PROJECT / "README.md").read_text().split("**Does FC-CLIP's ensemble pay?**")[1]
+    text = text.split("\n")[0]
+    for line in parts[parts["row"].isin(["dense", "ours"])].to_dict("records"):
+        if line["parameters.norm"] == "train":
+            assert f"{line['gain']:+.1f} [{line['low']:.1f}, {line['high']:.1f}]" in text
 
 
 def test_the_readmes_latencies_are_what_the_published_run_says(monkeypatch, tmp_path):
