@@ -18,8 +18,10 @@ import pytest
 import torch
 
 from opentrans_lab import results
-from opentrans_lab.claims import freezing_verdict, judged
+from opentrans_lab.claims import claim_table, freezing_verdict, judged
+from opentrans_lab.cost import printed_cells
 from opentrans_lab.errors import LabError
+from opentrans_lab.frameworks import FRAMEWORKS
 from opentrans_lab.grids import defaults
 from opentrans_lab.results import (
     PROJECT,
@@ -344,3 +346,18 @@ def test_a_run_from_before_a_parameter_counts_with_the_value_it_had(runs):
     assert found.loc[("eval", "a"), ["n", "seen"]].tolist() == [1, 50.0]
     notebook = defaults(PROJECT / "notebooks" / "04_selective_finetuning.ipynb")
     assert {name: notebook[name] for name in ADDED} == ADDED
+
+
+def test_the_readmes_claims_are_what_the_published_runs_say(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
+    monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
+    own = {"dataset": "scenes"}
+    expected = claim_table(
+        lines("03_transfer", "transfer", terms="both", **own),
+        lines("04_selective_finetuning", "selection", **own),
+        lines("04_selective_finetuning", "both", **own),
+        printed_cells(),
+        list(FRAMEWORKS),
+    )
+    said = cells_of("The paper's five claims")[2:]
+    assert said == [[f"{r.claim} {r.says}", r.verdict, r.evidence] for r in expected.itertuples()]
