@@ -11,6 +11,7 @@ import matplotlib
 import pandas as pd
 import pytest
 
+import opentrans_lab
 from opentrans_lab.batch import run_grid
 from opentrans_lab.errors import LabError
 from opentrans_lab.grids import Job
@@ -73,6 +74,10 @@ def test_every_link_resolves_inside_the_site(site):
                 assert target.is_file() and target.is_relative_to(site.parent), link
 
 
+CELLS = ["2026-03-01", "1,000", "5144ce", "–", "2", "1e4", "-3.5 ± 1.0", "2026-01-02"]
+SORT = Path(opentrans_lab.__file__).parent / "site" / "sort.js"
+
+
 def test_it_reads_well_in_a_browser_and_its_tables_sort(site, browser):
     """From the disk, as one opens it: no error in the console, no picture missing, no request."""
     page = browser.new_page(viewport={"width": 390, "height": 800})  # a phone
@@ -99,6 +104,13 @@ def test_it_reads_well_in_a_browser_and_its_tables_sort(site, browser):
     assert head.evaluate(read) == ["0", "1"] and head.get_attribute("aria-sort") == "ascending"
     head.press("Enter")
     assert head.evaluate(read) == ["1", "0"] and head.get_attribute("aria-sort") == "descending"
+    rows = "".join(f"<tr><td>{cell}</td></tr>" for cell in CELLS)
+    page = browser.new_page()
+    page.set_content(f"<table><thead><tr><th>x</th></tr></thead><tbody>{rows}</tbody></table>")
+    page.add_script_tag(path=SORT)
+    page.locator("th").click()
+    numbers, words = ["-3.5 ± 1.0", "2", "1,000", "1e4"], ["2026-01-02", "2026-03-01", "5144ce"]
+    assert page.locator("td").all_inner_texts() == [*numbers, *words, "–"]
     page.close()
 
 
