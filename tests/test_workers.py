@@ -136,9 +136,9 @@ def test_ctrl_c_and_sigkill_leave_nothing_half_written(tmp_path, runs, write_not
         os.killpg(command.pid, how)  # as the terminal does: to all of them
     else:
         command.kill()
-    said = command.communicate(timeout=60)[0]
+    said = command.communicate(timeout=150)[0]
     assert how == signal.SIGKILL or (command.returncode == 130 and "finished runs are kept" in said)
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=90)
     assert not alive, [p.cmdline() for p in alive]
     assert len(finished(runs)) == 1
     whole = {"executed.ipynb", "report.html", "metrics.json"}
@@ -196,7 +196,7 @@ def test_the_same_command_on_a_scheduler_of_someone_elses(tmp_path, runs, write_
         for process in (*workers, scheduler):
             process.terminate()
         for process in (*workers, scheduler):
-            process.wait(timeout=30)
+            process.wait(timeout=90)
     with pytest.raises(LabError, match=f"no dask scheduler answers at {address}"):
         run_grid([Job(tiny, {"seed": 5})], scheduler=address)
 
