@@ -66,6 +66,47 @@ class RunCommand:
 
 
 @dataclass
+class PlanCommand:
+    """What a grid will cost before it runs: device hours, peak memory and disk, run by run."""
+
+    grid: Positional[Path]
+    """Such as notebooks/grids/paper.yaml; what has finished is not counted."""
+    images_per_second: float = 0.0
+    """Training pictures that one device does in a second, with the grid's first framework; 0
+    measures it here."""
+    out: Path | None = None
+    """Write the table as CSV."""
+
+    def __call__(self) -> int:
+        from .grids import load_grid
+        from .plan import ASSUMPTIONS, describe_plan, measured, plan, reference, step_macs
+        from .results import atomic_path
+
+        jobs = load_grid(self.grid)
+        work, speed, how = reference(jobs), self.images_per_second, "as given"
+        if speed < 0:
+            raise LabError(f"--images-per-second {speed} must be more than 0")
+        if not speed:
+            speed, how = measured(work)
+        rate = speed * step_macs(work)
+        table = plan(jobs, rate)
+        print(describe_plan(table))
+        about = f"{work.recipe.framework}, {work.lab.backbone}, {work.lab.size} px"
+        print(
+            "assumptions:\n"
+            f"  {speed:.4g} training pictures a second, {how}, for {about}: "
+            f"{step_macs(work) / 1e9:.4g} GMACs a picture, {rate / 1e12:.4g} TMACs a second.\n"
+            "  All else takes its MACs at that rate."
+        )
+        print("\n".join(f"  {line}" for line in ASSUMPTIONS))
+        if self.out:
+            with atomic_path(self.out) as path:
+                table.to_csv(path, index=False)
+            print(f"table: {self.out}")
+        return 0
+
+
+@dataclass
 class ReportCommand:
     """Write one static HTML site from all runs; needs no network to be read."""
 
@@ -138,6 +179,7 @@ class MiniClipCommand:
 
 Command = (
     Annotated[RunCommand, named("run")]
+    | Annotated[PlanCommand, named("plan")]
     | Annotated[ReportCommand, named("report")]
     | Annotated[AlphaCommand, named("alpha")]
     | Annotated[CostCommand, named("cost")]

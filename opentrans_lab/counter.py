@@ -164,15 +164,19 @@ def meta_backbone(name: str = "RN50") -> Backbone:
         return Backbone(build_mini(config), mini_tokenizer(config), name).eval()
 
 
-def meta_framework(framework: str, backbone: str = "RN50", preset: str = "paper") -> nn.Module:
+def meta_framework(
+    framework: str, backbone: str = "RN50", preset: str = "paper", **options
+) -> nn.Module:
     """A framework of shapes only: every parameter is on the meta device.
+
+    ``options`` are the framework's own, see ``frameworks.build``.
 
     Raises:
         LabError: unknown framework, backbone or preset.
     """
     tower = meta_backbone(backbone)
     with torch.device("meta"):
-        model = build(framework, tower, preset=preset)
+        model = build(framework, tower, preset=preset, **options)
     return model.to("meta").eval()  # some constructors do not ask for the default device
 
 

@@ -145,8 +145,8 @@ class Segmented:
         return model.to(next(model.backbone.parameters()).device).eval()
 
 
-def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
-    """Start from a row, fine-tune a framework (freezing what ``select`` says), and evaluate it."""
+def segment_params(lab: Lab, recipe: Recipe, config: PruneConfig) -> dict:
+    """What a fine-tuning's result depends on; a parameter that does nothing here is left out."""
     params = lab.params | asdict(recipe)
     usual = {"norm": "train", "precision": "auto"}
     unused = {name for name, value in usual.items() if params[name] == value}
@@ -155,6 +155,11 @@ def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
     params = {key: value for key, value in params.items() if key not in unused}
     if recipe.row != "dense":
         params |= {f"prune_{key}": value for key, value in config.params.items()}
+    return params
+
+
+def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
+    """Start from a row, fine-tune a framework (freezing what ``select`` says), and evaluate it."""
 
     def work(folder: Path) -> dict:
         if lab.devices == 1:
@@ -163,7 +168,7 @@ def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
 
         return spread(lab, recipe, config, folder)
 
-    folder, metrics = cached("segment", params, work)
+    folder, metrics = cached("segment", segment_params(lab, recipe, config), work)
     return Segmented(folder, metrics)
 
 

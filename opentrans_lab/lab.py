@@ -98,13 +98,18 @@ class Lab:
         return others[0]
 
 
+def stage_folder(stage: str, params: dict) -> Path:
+    """Where the stage with these parameters is kept; it is finished if ``result.json`` is there."""
+    return runs_root() / "stages" / stage / run_key(params)
+
+
 def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path, dict]:
     """``work(folder)``'s result, computed unless this stage has it; returns (folder, result).
 
     Processes that want the same stage wait for the first. The runner's ``--force`` sets
     ``OPENTRANS_FORCE`` to its own start (seconds since the epoch): older results are made anew.
     """
-    folder = runs_root() / "stages" / stage / run_key(params)
+    folder = stage_folder(stage, params)
     done = folder / "result.json"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):

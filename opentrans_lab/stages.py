@@ -52,6 +52,16 @@ class Pruned:
         return backbone
 
 
+def prune_params(lab: Lab, config: PruneConfig) -> dict:
+    """What Algorithm 1's result depends on."""
+    return lab.params | config.params
+
+
+def distill_params(lab: Lab, row: str, config: PruneConfig) -> dict:
+    """What a control's L_KD budget depends on."""
+    return prune_params(lab, config) | {"row": row}
+
+
 def prune_stage(lab: Lab, config: PruneConfig) -> Pruned:
     """Algorithm 1 on ``lab``'s CLIP and training data, once for these parameters."""
 
@@ -66,7 +76,7 @@ def prune_stage(lab: Lab, config: PruneConfig) -> Pruned:
         mask.save(folder / "mask.safetensors")
         return {"seconds": time.perf_counter() - began}
 
-    folder, result = cached("prune", lab.params | config.params, work)
+    folder, result = cached("prune", prune_params(lab, config), work)
     return Pruned(folder, result["seconds"])
 
 
@@ -92,7 +102,7 @@ def row_start(lab: Lab, row: str, config: PruneConfig) -> tuple[Backbone, Mask |
             save_weights(backbone.visual, folder / "visual.safetensors")
             return {"steps": budget}
 
-        folder, _ = cached("distill", lab.params | config.params | {"row": row}, work)
+        folder, _ = cached("distill", distill_params(lab, row, config), work)
         backbone.visual.load_state_dict(load_file(folder / "visual.safetensors"))
     return backbone, mask
 
