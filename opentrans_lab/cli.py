@@ -124,38 +124,25 @@ class ReportCommand:
 class CampaignCommand:
     """Run a large grid in slices: stops cleanly when time is up, and goes on the next time.
 
-    What has finished is also copied, without notebooks and weights, to results/<revision>.
+    What is missing most runs next. What has finished is also copied, without notebooks and weights,
+    to results/<revision>.
     """
 
     minutes: float = 60.0
     """After this, training stops at its next step with a checkpoint."""
     grid: Path = Path("notebooks/grids/campaign.yaml")
-    """What to run, in the order of importance."""
+    """What to run, the more important first."""
     workers: int = 1
     """Runs at a time on this machine; they share its GPUs, or its cores."""
     scheduler: str = ""
     """Run on the workers of this dask scheduler ("tcp://…") instead."""
 
     def __call__(self) -> int:
-        from .batch import run_grid, run_notebook
-        from .grids import load_grid
-        from .report import build_report
-        from .results import publish
+        from .campaign import campaign
 
-        done = run_grid(
-            load_grid(self.grid),
-            deadline=self.minutes,
-            workers=self.workers,
-            scheduler=self.scheduler,
-        )
-        code = _exit_code(done)
-        if finished := [r.folder for r in done if r.status in ("ok", "finished before")]:
-            print(f"published: {publish(finished)}")
-        tables = self.grid.parent.parent / "05_paper_tables.ipynb"
-        if tables.is_file():  # it reads the other runs, so what it said before is out of date
-            code = max(code, _exit_code([run_notebook(tables, force=True)]))
-        print(f"report: {build_report()}")
-        return code
+        done, report = campaign(self.grid, self.minutes, self.workers, self.scheduler)
+        print(f"report: {report}")
+        return _exit_code(done)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from .errors import LabError
 
 GRID_KEYS = {"runs", "defaults", "outermost"}
 ENTRY_KEYS = {"notebook", "parameters", "after_all"}
+OTHER_GRID = {"grid"}
 
 
 class Job(NamedTuple):
@@ -87,7 +88,7 @@ def _typed(name: str, value, default):
     )
 
 
-def load_grid(path: Path | str) -> list[Job]:
+def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
     """The jobs of a grid file, in order; a list of values means one job for each.
 
     ::
@@ -98,6 +99,7 @@ def load_grid(path: Path | str) -> list[Job]:
           - 00_index
           - notebook: 03_transfer
             parameters: {seed: [0, 1, 2], density: [0.1, 0.2]}
+          - grid: table1                 # all jobs of table1.yaml, in the same folder
           - notebook: 05_paper_tables
             after_all: true              # starts when all above it have ended
 
@@ -121,9 +123,16 @@ def load_grid(path: Path | str) -> list[Job]:
     jobs, used = [], set()
     for entry in grid["runs"]:
         entry = {"notebook": entry} if isinstance(entry, str) else entry
+        if isinstance(entry, dict) and entry.keys() == OTHER_GRID:
+            other = path.parent / f"{entry['grid']}.yaml"
+            if other.name in within:
+                raise LabError(f"{path}: grid {entry['grid']!r} holds itself")
+            jobs += load_grid(other, (*within, path.name))
+            continue
         if not isinstance(entry, dict) or entry.keys() - ENTRY_KEYS:
             raise LabError(
-                f"{path}: {entry!r} must hold `notebook` and may hold `parameters` and `after_all`"
+                f"{path}: {entry!r} must hold `notebook` and may hold `parameters` and "
+                "`after_all`, or name another `grid`"
             )
         if not isinstance(entry.get("parameters") or {}, dict):
             raise LabError(f"{path}: `parameters` of {entry['notebook']} must map names to values")

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -57,8 +58,8 @@ class Lab:
             path = mini_folder(self.checkpoint) / "model.safetensors"
         if not path.is_file():
             return self.checkpoint
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        about = path.stat()
+        return _digest(path, about.st_mtime_ns, about.st_size)
 
     def _root(self) -> str:
         """The folder that a data set on disk is read from."""
@@ -96,6 +97,13 @@ class Lab:
             return "train"  # whose error names what there is
         warnings.warn(f"{images} has no train: {others[0]!r} is trained on", stacklevel=3)
         return others[0]
+
+
+@cache
+def _digest(path: Path, changed: int, size: int) -> str:
+    """SHA-256 of a file; a plan asks for the same one hundreds of times."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stage_folder(stage: str, params: dict) -> Path:

@@ -219,17 +219,20 @@ def results_root() -> Path:
     return Path(os.environ.get("OPENTRANS_RESULTS") or PROJECT / "results")
 
 
-def publish(folders: list[Path]) -> Path:
+def publish(folders: list[Path]) -> list[Path]:
     """Copy what finished runs measured (no notebooks, no weights) to ``results/<revision>/``.
 
-    That folder is small and meant to be committed: :func:`records` reads it beside the runs.
+    The revision is the one that a run was made at. These folders are small and meant to be
+    committed: :func:`records` reads them beside the runs. Returns them.
     """
-    target = results_root() / revision()
+    targets = {}
     for folder in folders:
+        target = results_root() / load(folder)["revision"]
+        targets[target] = None
         for path in (p for p in folder.iterdir() if p.suffix in (".json", ".csv", ".png")):
             with atomic_path(target / folder.parent.name / folder.name / path.name) as copy:
                 shutil.copyfile(path, copy)
-    return target
+    return list(targets)
 
 
 def records(notebook: str | None = None) -> list[tuple[Path, dict]]:

@@ -14,8 +14,13 @@ ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "r
 POINTS = ("dense", "ours", "random_layerwise")  # the paper's three
 
 
-def _experiment(params: dict) -> str:
-    return run_key({k: v for k, v in params.items() if k not in ("device", "devices")})
+def experiment(params: dict, seedless: bool = False) -> str:
+    """A key of what makes these parameters an experiment; ``seedless``, of all its seeds.
+
+    Older runs count with the values of ``ADDED``.
+    """
+    apart = APART if seedless else APART[1:]
+    return run_key({k: v for k, v in (ADDED | params).items() if k not in apart})
 
 
 def lines(
@@ -35,9 +40,9 @@ def lines(
     for folder, record in records(notebook):
         if (folder / f"{table}.csv").exists():
             own = ADDED | record["parameters"]
-            found[_experiment(own)] = (own, pd.read_csv(folder / f"{table}.csv"), str(folder))
+            found[experiment(own)] = (own, pd.read_csv(folder / f"{table}.csv"), str(folder))
     if mine:
-        found[_experiment(ADDED | mine[0])] = (ADDED | mine[0], mine[1], "")
+        found[experiment(mine[0])] = (ADDED | mine[0], mine[1], "")
     parts = []
     for own, part, folder in found.values():
         if all(own.get(k) == v for k, v in parameters.items()):

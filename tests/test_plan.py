@@ -87,9 +87,12 @@ def test_memory_is_what_a_real_step_keeps(framework):
     ]
     model = build(framework, lab.load(), "mini", **framework_options(lab, work.recipe))
     batch = next(lab.batches(4, 0)(0))
-    kept = step_costs(
-        model, lambda b: model.loss(model(b["images"]), b), batch, {"none": []}, 1, "cpu"
-    )["memory_MB"].iloc[0] * 1e6
+    kept = (
+        step_costs(
+            model, lambda b: model.loss(model(b["images"]), b), batch, {"none": []}, 1, "cpu"
+        )["memory_MB"].iloc[0]
+        * 1e6
+    )
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = 20 if framework == "han" else 16  # with its teacher
     assert work.memory - held * weights == pytest.approx(kept, rel=0.35), framework

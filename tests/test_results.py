@@ -198,7 +198,8 @@ def test_published_runs_are_small_and_found_beside_the_own_ones(runs, tmp_path, 
         run = Run("03_transfer", {"seed": seed})
         run.save({"miou": seed}, transfer=pd.DataFrame({"row": ["ours"], "seen": [10.0 + seed]}))
         (run.dir / "executed.ipynb").write_text("large")
-    folder = results.publish([run_dir("03_transfer", {"seed": seed}) for seed in (0, 1)])
+    folders = results.publish([run_dir("03_transfer", {"seed": seed}) for seed in (0, 1)])
+    (folder,) = folders
     assert folder.parent == tmp_path / "results"
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".json", ".csv"}
     shutil.rmtree(runs)

@@ -1,0 +1,80 @@
+"""A large grid in slices of time: what is missing most runs next, and what has run is published.
+
+All of its state is the folder of runs, which can be carried to another machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from .batch import run_grid, run_notebook
+from .grids import Job, complete, load_grid
+from .job import RunResult
+from .page import duration
+from .plan import past_speed, plan
+from .report import build_report
+from .results import load, publish, records, run_dir
+from .tables import experiment
+
+TABLES = "05_paper_tables.ipynb"
+
+
+def missing_first(jobs: Sequence[Job]) -> list[Job]:
+    """``jobs`` by how many seeds their experiment has: those with the fewest first.
+
+    Seeds count that have run here or are published; where there are equally many, the order of the
+    grid decides. What is published runs again only when nothing else is left, and what has finished
+    here goes last.
+    """
+    there = [(record["notebook"], record["parameters"]) for _, record in records()]
+    known = {(name, experiment(params)) for name, params in there}
+    seeds = Counter((name, experiment(params, seedless=True)) for name, params in there)
+    ranks = []
+    for job in jobs:
+        name, params = job.notebook.stem, complete(*job[:2])
+        which = (name, experiment(params, seedless=True))
+        again = (name, experiment(params)) in known
+        here = again and load(run_dir(name, params)) is not None
+        ranks.append((job.after_all, here, again, seeds[which]))
+        seeds[which] += not again
+    return [job for _, job in sorted(zip(ranks, jobs, strict=True), key=lambda pair: pair[0])]
+
+
+def outlook(jobs: Sequence[Job]) -> str:
+    """How much of ``jobs`` is done, and how long the rest takes one device at its past speed."""
+    done = sum(load(run_dir(job.notebook.stem, complete(*job[:2]))) is not None for job in jobs)
+    told = f"campaign: {done} of {len(jobs)} runs finished"
+    speed = past_speed(jobs)
+    if done == len(jobs) or math.isnan(speed):
+        return told + ("" if done == len(jobs) else "; what is left can be told after the first")
+    seconds = 3600 * plan(jobs, speed)["hours"].sum()
+    return f"{told}, about {duration(seconds)} of one device are left at the speed so far"
+
+
+def campaign(
+    grid: Path, minutes: float, workers: int = 1, scheduler: str = ""
+) -> tuple[list[RunResult], Path]:
+    """Run ``grid`` for some minutes, publish what has finished, and write the tables and report.
+
+    Args:
+        workers, scheduler: as for ``batch.run_grid``.
+
+    Returns:
+        how each job ended, and the report's page.
+
+    Raises:
+        LabError: as ``batch.run_grid``.
+    """
+    jobs = load_grid(grid)
+    print(outlook(jobs))
+    done = run_grid(missing_first(jobs), False, minutes, workers, scheduler)
+    tables = grid.parent.parent / TABLES
+    if tables.is_file():  # it reads the other runs, so what it said before is out of date
+        done.append(run_notebook(tables, force=True))
+    if finished := [r.folder for r in done if r.status in ("ok", "finished before")]:
+        print("published: " + ", ".join(str(folder) for folder in publish(finished)))
+    print(outlook(jobs))
+    return done, build_report()

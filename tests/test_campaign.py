@@ -1,0 +1,114 @@
+"""A campaign goes on where it stopped, with what is missing most, and says what is left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from opentrans_lab.campaign import campaign, missing_first, outlook
+from opentrans_lab.errors import LabError
+from opentrans_lab.grids import complete, load_grid
+from opentrans_lab.results import PROJECT, Run, publish, results_root, run_dir
+
+GRID = """
+runs:
+  - notebook: 01_tiny
+    parameters: {seed: [0, 1, 2], name: [a, b]}
+"""
+
+
+@pytest.fixture
+def grid(tmp_path, runs, write_notebook):
+    write_notebook(tmp_path / "01_tiny.ipynb", "run.save({'value': seed})")
+    (tmp_path / "grids").mkdir()
+    (tmp_path / "grids" / "g.yaml").write_text(GRID)
+    return tmp_path / "grids" / "g.yaml"
+
+
+def told(jobs):
+    return [f"{job.parameters['name']}{job.parameters['seed']}" for job in jobs]
+
+
+def ran(job, **others):
+    Run(job.notebook.stem, complete(*job[:2]) | others).save({"value": 1})
+
+
+def test_fewest_seeds_first(grid):
+    jobs = load_grid(grid)
+    assert told(missing_first(jobs)) == ["a0", "b0", "a1", "b1", "a2", "b2"]
+    by_name = {name: job for name, job in zip(told(jobs), jobs, strict=True)}
+    ran(by_name["a1"])
+    assert told(missing_first(jobs)) == ["b0", "a0", "b1", "a2", "b2", "a1"]
+    ran(by_name["b0"])
+    ran(by_name["b2"])
+    assert told(missing_first(jobs))[:3] == ["a0", "b1", "a2"]
+
+
+def test_published_seeds_count_and_run_again_only_at_the_end(grid, runs):
+    jobs = load_grid(grid)
+    ran(jobs[0])
+    publish([run_dir("01_tiny", complete(*jobs[0][:2]))])
+    shutil.rmtree(runs)
+    assert told(missing_first(jobs)) == ["b0", "a1", "b1", "a2", "b2", "a0"]
+
+
+def test_slices_finish_the_grid_and_publish_each_run_under_its_revision(
+    grid, runs, tmp_path, capsys
+):
+    done, page = campaign(grid, 0)
+    assert {r.status for r in done} == {"out of time"} and page.is_file()
+    assert not results_root().exists()
+    campaign(grid, 10)
+    said = capsys.readouterr().out
+    assert "0 of 6 runs finished" in said and "6 of 6 runs finished" in said
+    (revision,) = results_root().iterdir()
+    records = [json.loads(p.read_text()) for p in revision.glob("01_tiny/*/metrics.json")]
+    assert len(records) == 6 and {r["revision"] for r in records} == {revision.name}
+    moved = tmp_path / "carried"
+    shutil.move(runs, moved)  # the state is this one folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENTRANS_RUNS", str(moved))
+        again, _ = campaign(grid, 10)
+    assert {r.status for r in again} == {"finished before"}
+
+
+def test_the_outlook_is_the_plan_at_the_speed_so_far(tmp_path, runs):
+    """One tiny transfer that has run tells how long another one takes."""
+    small = (
+        "size: 64, density: 0.25, p: 0.5, prune_steps: 1, prune_batch_size: 2, steps: 2,"
+        " batch_size: 2, eval_images: 2, device: cpu, rows: dense ours"
+    )
+    text = f"runs:\n  - notebook: 03_transfer\n    parameters: {{{small}, seed: [0, 1]}}\n"
+    folder = tmp_path / "notebooks" / "grids"
+    folder.mkdir(parents=True)
+    shutil.copy(PROJECT / "notebooks" / "03_transfer.ipynb", folder.parent)
+    (folder / "g.yaml").write_text(text)
+    jobs = load_grid(folder / "g.yaml")
+    assert "can be told after the first" in outlook(jobs)
+    (folder / "one.yaml").write_text(text.replace("[0, 1]", "0"))
+    (first,), _ = campaign(folder / "one.yaml", 10)
+    assert first.status == "ok", first.error
+    said = outlook(jobs)
+    assert "1 of 2 runs finished, about " in said and "of one device are left" in said
+
+
+def test_a_grid_of_grids(grid):
+    whole = grid.with_name("whole.yaml")
+    whole.write_text("runs:\n  - grid: g\n  - 01_tiny\n")
+    jobs = load_grid(whole)
+    assert jobs[:6] == load_grid(grid) and len(jobs) == 7
+    whole.write_text("runs:\n  - grid: whole\n")
+    with pytest.raises(LabError, match="holds itself"):
+        load_grid(whole)
+    whole.write_text("runs:\n  - grid: none\n")
+    with pytest.raises(LabError, match="no grid .*none.yaml"):
+        load_grid(whole)
+
+
+def test_the_campaign_holds_every_framework_row_and_setting():
+    grids = PROJECT / "notebooks" / "grids"
+    jobs = load_grid(grids / "campaign.yaml")
+    parts = ("table1", "table2", "table4", "regimes", "frozen", "ablation")
+    assert all(job in jobs for part in parts for job in load_grid(grids / f"{part}.yaml"))
