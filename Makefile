@@ -30,8 +30,8 @@ demo: env  ## run all notebooks on the mini lab and build the HTML report
 test: env  ## run every test, the notebooks included
 	$(BIN)/python -m pytest
 
-lab: env  ## open JupyterLab in the notebooks folder
-	$(BIN)/jupyter lab notebooks
+lab: env  ## open JupyterLab with the first notebook
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_index.ipynb
 
 lint: env  ## check style
 	$(BIN)/ruff check .

@@ -102,9 +102,7 @@ def compared(
     """
     if found.empty or score not in found:
         return pd.DataFrame(columns=[*by, "n", "gain", "half", "verdict"])
-    # Runs with other rows beside these are the same experiment.
-    about = [c for c in differing(found) if c not in ("parameters.rows", "parameters.selects")]
-    by = [*dict.fromkeys([*by, *about])]
+    by = [*dict.fromkeys([*by, *differing(found)])]
     wide = found.pivot_table(score, [*by, "seed"], which, dropna=False, observed=True)
     wide = wide.reindex(columns=[ours, *rivals])
     best = wide[list(rivals)].max(axis=1, skipna=not every)

@@ -5,8 +5,10 @@ Formulas become MathML, which browsers draw by themselves; figures are embedded;
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
+from html import unescape
 from pathlib import Path
 
 import nbformat
@@ -18,6 +20,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 MINI_LAB = "mini lab – procedural scenes, not COCO"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BACK = "<!-- back -->"  # the report puts its link to the index here
+TO_RUN = re.compile(r'data-run="([^"]*)" href="([^"]*)"')  # a link to a run from a notebook's table
 
 
 def is_mini_lab(parameters: dict) -> bool:
@@ -79,8 +82,13 @@ def run_page(folder: Path, record: dict) -> str:
         record=record,
         changed=changed_parameters(nb),
         mini_lab=is_mini_lab(record["parameters"]),
-        body=_body(nb),
+        body=TO_RUN.sub(lambda link: _from(folder, link), _body(nb)),
     )
+
+
+def _from(folder: Path, link: re.Match) -> str:
+    """A link that the kernel, which ran in this very folder, made: from ``folder`` instead."""
+    return f'data-run="{link[1]}" href="{os.path.relpath(unescape(link[2]), folder)}"'
 
 
 def changed_parameters(nb: nbformat.NotebookNode) -> dict:

@@ -16,7 +16,7 @@ import pandas as pd
 from pandas.errors import EmptyDataError
 
 from .errors import LabError
-from .page import BACK, changed_parameters, heading, is_mini_lab, number, render
+from .page import BACK, TO_RUN, changed_parameters, heading, is_mini_lab, number, render
 from .results import records, revision, runs_root
 
 OURS = 'content="opentrans-lab"'  # in every page of ours: such a folder may be replaced
@@ -55,10 +55,15 @@ def _write(site: Path) -> None:
     found = records()
     failed = [_failed(p) for p in sorted(runs_root().glob("[!.]*/[!.]*/failed.ipynb"))]
     names = {record["notebook"] for _, record in found} | {f["notebook"] for f in failed}
+    pages = {
+        _name(record): f"{_name(record)}/index.html" if (folder / "report.html").is_file()
+        else f"index.html#{_name(record)}"
+        for folder, record in found
+    }  # fmt: skip
     grouped = {k: list(g) for k, g in groupby(found, key=lambda r: r[1]["notebook"])}
+    lost = {name: [f for f in failed if f["notebook"] == name] for name in names}
     sections = [
-        _section(name, grouped.get(name, []), [f for f in failed if f["notebook"] == name], site)
-        for name in sorted(names)
+        _section(name, grouped.get(name, []), lost[name], site, pages) for name in sorted(names)
     ]
     page = render(
         "index.html.j2",
@@ -73,13 +78,23 @@ def _write(site: Path) -> None:
     (site / "index.html").write_text(page, encoding="utf-8")
 
 
-def _section(name: str, found: list[tuple[Path, dict]], failed: list[dict], site: Path) -> dict:
+def _name(record: dict) -> str:
+    return f"{record['notebook']}/{record['key']}"
+
+
+def _section(
+    name: str,
+    found: list[tuple[Path, dict]],
+    failed: list[dict],
+    site: Path,
+    pages: dict[str, str],
+) -> dict:
     """What the index shows of one notebook."""
     title, question = name, ""
     for folder, _ in found:
         if (executed := folder / "executed.ipynb").is_file():
             title, question = heading(nbformat.read(executed, as_version=4), name)
-    runs = [_card(folder, record, site) for folder, record in found]
+    runs = [_card(folder, record, site, pages) for folder, record in found]
     return {
         "notebook": name,
         "title": title,
@@ -90,19 +105,25 @@ def _section(name: str, found: list[tuple[Path, dict]], failed: list[dict], site
     }
 
 
-def _card(folder: Path, record: dict, site: Path) -> dict:
-    """Copy a run's page, figures and tables into the site and say where they are."""
+def _card(folder: Path, record: dict, site: Path, pages: dict[str, str]) -> dict:
+    """Copy a run's page, figures and tables into the site and say where they are.
+
+    ``pages`` are where the site shows each run, which pages that speak of others link to.
+    """
     target = site / record["notebook"] / record["key"]
     target.mkdir(parents=True)
     href = target.relative_to(site).as_posix()
     page = folder / "report.html"
     if page.is_file():
         back = '<a class="button" href="../../index.html">All runs</a>'
-        (target / "index.html").write_text(page.read_text(encoding="utf-8").replace(BACK, back))
+        text = page.read_text(encoding="utf-8").replace(BACK, back)
+        text = TO_RUN.sub(lambda link: f'href="../../{pages.get(link[1], "index.html")}"', text)
+        (target / "index.html").write_text(text, encoding="utf-8")
     figures, tables = sorted(folder.glob("[!.]*.png")), sorted(folder.glob("[!.]*.csv"))
     for path in (*figures, *tables):
         shutil.copy2(path, target / path.name)
     return {
+        "id": _name(record),
         "record": record,
         "mini_lab": is_mini_lab(record["parameters"]),
         "changed": _changed(folder, record),

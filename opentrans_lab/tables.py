@@ -11,6 +11,8 @@ from .results import PROJECT, records, run_key
 APART = ("seed", "device", "devices")  # parameters that make no experiment another one
 ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "reselect": 0}
 """Parameters that the first published runs did not have yet, with the values that they ran with."""
+BESIDE = ("parameters.rows", "parameters.selects", "parameters.regimes")
+"""What else a run looked at: it changes nothing in a line."""
 POINTS = ("dense", "ours", "random_layerwise")  # the paper's three
 
 
@@ -52,8 +54,9 @@ def lines(
 
 
 def differing(found: pd.DataFrame) -> list[str]:
-    """The ``parameters.<name>`` columns in which these lines differ."""
-    return [c for c in found if c.startswith("parameters.") and found[c].nunique() > 1]
+    """The ``parameters.<name>`` columns in which these lines differ, but for ``BESIDE``."""
+    names = (c for c in found if c.startswith("parameters.") and c not in BESIDE)
+    return [c for c in names if found[c].nunique() > 1]
 
 
 def half_width(std: pd.Series, n: pd.Series) -> pd.Series:
