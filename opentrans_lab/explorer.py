@@ -70,7 +70,10 @@ def explore(models: Mapping[str, nn.Module], seed: int = 0) -> Figure | None:
     from IPython.display import display
 
     model = ipywidgets.Dropdown(options=list(names), description="model")
-    layer = ipywidgets.Dropdown(options=names[first], description="layer")
+    wide = ipywidgets.Layout(width="95%")
+    layer = ipywidgets.SelectionSlider(  # in depth, drawn again when it is let go
+        options=names[first], description="layer", continuous_update=False, layout=wide
+    )
     reshape = ipywidgets.Dropdown(options=RESHAPES, description="reshape")
     rule = ipywidgets.Dropdown(options=RULES, description="rule")
 
@@ -86,5 +89,6 @@ def explore(models: Mapping[str, nn.Module], seed: int = 0) -> Figure | None:
     model.observe(relist, "value")
     knobs = dict(model=model, layer=layer, reshape=reshape, rule=rule)
     output = ipywidgets.interactive_output(draw, knobs)
-    display(ipywidgets.VBox([ipywidgets.HBox(list(knobs.values())), output]))
+    choices = ipywidgets.HBox([model, reshape, rule])
+    display(ipywidgets.VBox([choices, layer, output]))
     return None

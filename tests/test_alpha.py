@@ -691,7 +691,7 @@ def test_explorer_is_a_static_panel_headless_and_widgets_in_a_session(monkeypatc
     monkeypatch.setattr("IPython.display.display", lambda *objects: shown.extend(objects))
     monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/01.ipynb")
     assert explore(models) is None
-    model, layer, reshape, rule = shown[-1].children[0].children
+    (model, reshape, rule), layer = shown[-1].children[0].children, shown[-1].children[1]
     reshape.value, rule.value = "fft", "mid"
     model.value = "b"  # another model offers its own layers
     assert layer.options == ("weight",)
