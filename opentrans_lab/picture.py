@@ -93,7 +93,7 @@ def segment(
             unreadable or too small picture, or no trained model.
     """
     class_names = list(class_names) if isinstance(class_names, Iterator) else class_names
-    names = _checked(class_names)
+    names = checked_names(class_names)
     if framework not in FRAMEWORKS:
         raise LabError(f"unknown framework {framework!r}; use one of {', '.join(FRAMEWORKS)}")
     picture = read_picture(image)
@@ -102,14 +102,20 @@ def segment(
         folder = Path(model) if model else newest(framework)
         model, trained = open_model(folder, where)
         size, source = size or trained, str(folder)
-    h, w = picture.shape[1:]
-    scale = max((size or min(h, w)) / min(h, w), LEAST / min(h, w))
-    shape = [round(h * scale), round(w * scale)]
-    small = F.interpolate(picture[None], shape, mode="bilinear", antialias=True).clamp(0, 1)
+    small = resized(picture, size)[None]
     with evaluating(model, where):
         scores = model.scores(small.to(where), class_names)[0].float()
-        labels = predict(scores, (h, w))  # a few classes at a time: vocabularies can be long
+        labels = predict(scores, tuple(picture.shape[1:]))
     return Segmentation(picture, labels.cpu(), scores.cpu(), names, source)
+
+
+def resized(picture: Tensor, size: int | None) -> Tensor:
+    """(3, H, W) with ``size`` pixels (default: as many as it has) as its shorter side, at least
+    those of the trunk's stride."""
+    short = min(picture.shape[1:])
+    scale = max((size or short) / short, LEAST / short)
+    shape = [round(side * scale) for side in picture.shape[1:]]
+    return F.interpolate(picture[None], shape, mode="bilinear", antialias=True).clamp(0, 1)[0]
 
 
 def read_picture(image: str | Path | Image.Image | Tensor | np.ndarray) -> Tensor:
@@ -224,7 +230,12 @@ def _weights(about: dict) -> str:
     return tag
 
 
-def _checked(class_names: ClassNames) -> tuple[str, ...]:
+def checked_names(class_names: ClassNames) -> tuple[str, ...]:
+    """The first name of each class.
+
+    Raises:
+        LabError: an empty name, or one that is there twice.
+    """
     flat = [name.strip().lower() for name in flat_names(class_names)[0]]  # as CLIP reads them
     if "" in flat:
         raise LabError("an empty name means nothing; leave it out")

@@ -19,7 +19,15 @@ from opentrans_lab.experiment import framework_options
 from opentrans_lab.frameworks import FRAMEWORKS, build
 from opentrans_lab.grids import Job, load_grid
 from opentrans_lab.lab import Lab
-from opentrans_lab.plan import measured, past_speed, plan, reference, step_macs, work_of
+from opentrans_lab.plan import (
+    describe_plan,
+    measured,
+    past_speed,
+    plan,
+    reference,
+    step_macs,
+    work_of,
+)
 from opentrans_lab.prune import PruneConfig, Student, distillation
 from opentrans_lab.speed import step_costs
 
@@ -65,8 +73,12 @@ def test_the_plan_is_what_the_notebooks_do(runs, tmp_path):
     assert more["stages"].tolist() == [0, 0, 1], "one row is new"
 
 
-def test_hours_follow_from_macs_and_speed():
+def test_hours_follow_from_macs_and_speed(runs):
+    """Of the paper's grid, and the README shows what this plan says."""
     grid = load_grid(NOTEBOOKS / "grids" / "paper.yaml")
+    printed = describe_plan(plan(grid, 400 * step_macs(reference(grid))))
+    readme = (NOTEBOOKS.parent / "README.md").read_text()
+    assert printed.replace(str(runs), "runs") in readme
     slow, fast = plan(grid, 1e12), plan(grid, 2e12)
     assert slow["hours"].sum() == pytest.approx(2 * fast["hours"].sum())
     assert slow["macs"].tolist() == fast["macs"].tolist()

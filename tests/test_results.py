@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from opentrans_lab import results
-from opentrans_lab.claims import claim_table, freezing_verdict, judged
+from opentrans_lab.claims import RANDOM, claim_table, compared, freezing_verdict, judged
 from opentrans_lab.cost import printed_cells
 from opentrans_lab.errors import LabError
 from opentrans_lab.frameworks import FRAMEWORKS
@@ -229,33 +229,35 @@ def test_the_readmes_ablation_is_what_the_published_runs_say(monkeypatch, tmp_pa
 
 
 def test_the_readmes_frameworks_are_what_the_published_runs_say(monkeypatch, tmp_path):
+    """Means, intervals and verdicts over at least three seeds of each framework."""
     monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
     monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
-    runs = collect("03_transfer").query("seed == 0 and `parameters.prune_lr` == 1e-4")
-    runs = runs[~runs["parameters.rows"].str.contains("ours_kd")]
-    order = {("deeplabv3", 0.1): 0, ("han", 0.1): 1, ("fcclip", 0.1): 2, ("fcclip", 0.0): 3}
-    lines = (PROJECT / "README.md").read_text().split("one mask serve three")[1].splitlines()
-    said = {}
-    for line in lines:
-        cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
-        if len(cells) == 5 and cells[0] in ROWS:
-            said[cells[0]] = cells[1:]
-    assert len(runs) == 4 and len(said) == 7
-    for run in runs.to_dict("records"):
-        column = order[run["parameters.framework"], run["parameters.backbone_lr"]]
-        for row, cells in said.items():
-            found = (run[f"metrics.miou.{row}.{split}"] for split in ("seen", "unseen"))
-            assert cells[column] == " / ".join(f"{value:.1f}" for value in found)
-    second = collect("03_transfer").query("seed == 1 and `parameters.prune_lr` == 1e-4")
-    sentence = next(line for line in lines if "A second seed" in line)
-    for run in second[second["parameters.framework"] != "fcclip"].to_dict("records"):
-        for row in ("ours", "random_layerwise_kd"):
-            found = (run[f"metrics.miou.{row}.{split}"] for split in ("seen", "unseen"))
-            assert " / ".join(f"{value:.1f}" for value in found) in sentence
-        rows = [name for name in run["parameters.rows"].split() if name.startswith("random")]
-        best = max(rows, key=lambda row: run[f"metrics.miou.{row}.seen"])
-        assert best == "random_layerwise_kd"
-    assert len(second) >= 2
+    which = dict(dataset="scenes", prune_lr=1e-4, terms="both", backbone_lr=0.1)
+    text = (PROJECT / "README.md").read_text().split("one mask serve three")[1]
+    text = text.split("**Where CLIP stays frozen**")[0]
+    cells = [[c.strip(" `") for c in x.strip("|").split("|")] for x in text.splitlines()]
+    said = {line[0]: line[1:] for line in cells if len(line) == 4 and line[0] in ROWS}
+    assert len(said) == 7
+    scores = ("seen", "unseen")
+    for column, framework in enumerate(FRAMEWORKS):
+        found = summary(
+            "03_transfer", "transfer", ["row"], scores, framework=framework, **which
+        )  # one setting alone
+        assert set(found.index) == set(said) and (found["n"] >= 3).all()
+        for row, line in said.items():
+            means = (f"{found.loc[row, s]:.1f} ± {found.loc[row, f'{s} ±']:.1f}" for s in scores)
+            assert line[column] == " / ".join(means)
+    every = lines("03_transfer", "transfer", **which)
+    for score in scores:
+        gaps = compared(every, "row", "ours", RANDOM, ["parameters.framework"], score)
+        assert len(gaps) == 3
+        for line in gaps.itertuples():
+            assert f"{line.gain:+.1f} ± {line.half:.1f}" in text
+        if score == "seen":
+            assert (gaps["verdict"] == "wins").all(), "beats the best of the random ones"
+        else:
+            words = gaps.set_index("parameters.framework")["verdict"]
+            assert words.to_dict() == {"deeplabv3": "wins", "han": "wins", "fcclip": "ties"}
 
 
 def test_the_readmes_frozen_clip_is_what_the_published_runs_say(monkeypatch, tmp_path):
