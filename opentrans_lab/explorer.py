@@ -70,7 +70,7 @@ def explore(models: Mapping[str, nn.Module], seed: int = 0) -> Figure | None:
     from IPython.display import display
 
     model = ipywidgets.Dropdown(options=list(names), description="model")
-    wide = ipywidgets.Layout(width="95%")
+    wide = ipywidgets.Layout(width="95%", max_width="700px")
     layer = ipywidgets.SelectionSlider(  # in depth, drawn again when it is let go
         options=names[first], description="layer", continuous_update=False, layout=wide
     )
