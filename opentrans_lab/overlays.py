@@ -62,6 +62,7 @@ def compare(
     titles: Sequence[str] = (),
     most: int = 6,
     segments: Mapping[str, Sequence[Tensor]] | None = None,
+    heading: str = "",
 ) -> Figure:
     """A row an image: the picture, then one overlay for each column of label maps.
 
@@ -91,4 +92,6 @@ def compare(
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     axes[0, 0].set_title("image", fontsize=10)
+    if heading:
+        fig.suptitle(heading, y=fig.subplotpars.top + 0.5 / fig.get_figheight(), va="bottom")
     return fig
