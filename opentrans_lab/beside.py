@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from .tables import differing, half_width, paper
+from .tables import half_width, main_setting, paper
 
 OURS = {"dense": "dense", "random": "random_layerwise", "ours": "ours"}  # Table 1's rows as ours
 COUNTED = "counted"
@@ -29,17 +29,6 @@ class Cell(NamedTuple):
     ours: float
     half: float
     folders: dict[int, str]
-
-
-def main_setting(found: pd.DataFrame) -> pd.DataFrame:
-    """Of ``tables.lines``, those of the experiment with most seeds; of several, the newest."""
-    if found.empty:
-        return found
-    by = differing(found)
-    if not by:
-        return found
-    groups = [part for _, part in found.groupby(by, dropna=False, sort=False)]
-    return max(reversed(groups), key=lambda part: part["seed"].nunique())
 
 
 def _cell(part: pd.DataFrame, score: str, base: pd.DataFrame | None = None) -> Cell:

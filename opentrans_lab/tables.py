@@ -59,6 +59,17 @@ def differing(found: pd.DataFrame) -> list[str]:
     return [c for c in names if found[c].nunique() > 1]
 
 
+def main_setting(found: pd.DataFrame) -> pd.DataFrame:
+    """Of :func:`lines`, those of the experiment with most seeds; of several, the newest."""
+    if found.empty:
+        return found
+    by = differing(found)
+    if not by:
+        return found
+    groups = [part for _, part in found.groupby(by, dropna=False, sort=False)]
+    return max(reversed(groups), key=lambda part: part["seed"].nunique())
+
+
 def half_width(std: pd.Series, n: pd.Series) -> pd.Series:
     """Half of the 95 % interval of a mean over ``n`` seeds (Student's t); NaN for one."""
     return student_t.ppf(0.975, (n - 1).where(n > 1)) * std / n**0.5
@@ -131,13 +142,15 @@ def cost_points(
     """Rows of the transfer table with what they cost: framework, row, GMACs, params_M, mIoU (%).
 
     Args:
-        found: :func:`lines` of 03's transfer; means over its seeds and settings.
+        found: :func:`lines` of 03's transfer; of each framework its :func:`main_setting`, mean
+            over seeds.
     """
     columns = ["framework", "row", "GMACs", "params_M", "mIoU"]
     if found.empty:
         return pd.DataFrame(columns=columns)
     named = {"parameters.framework": "framework", "macs": "GMACs", "params": "params_M"}
-    table = found.rename(columns=named | {score: "mIoU"})
+    own = [main_setting(part) for _, part in found.groupby("parameters.framework", sort=False)]
+    table = pd.concat(own).rename(columns=named | {score: "mIoU"})
     table = table[table["row"].isin(rows)]
     table = table.assign(GMACs=table["GMACs"] / 1e9, params_M=table["params_M"] / 1e6)
     return table.groupby(columns[:2], sort=False)[columns[2:]].mean().reset_index()

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 
 from opentrans_lab.batch import run_notebook
-from opentrans_lab.beside import as_csv, cells, main_setting, side_by_side
+from opentrans_lab.beside import as_csv, cells, side_by_side
 from opentrans_lab.cost import printed_cells
 from opentrans_lab.report import build_report
 from opentrans_lab.results import PROJECT, Run
-from opentrans_lab.tables import lines, paper
+from opentrans_lab.tables import lines, main_setting, paper
 
 ROWS = ("dense", "ours", "random_layerwise")
 NONE = pd.DataFrame()
