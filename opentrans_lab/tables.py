@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 from scipy.stats import t as student_t
 
 from .errors import LabError
@@ -109,6 +110,12 @@ def summary(
         if (found["n"] > 1).any():
             found[f"{value} ±"] = half_width(groups[value].std(), found["n"])
     return found
+
+
+def styled(found: pd.DataFrame, caption: str) -> Styler:
+    """:func:`summary` to look at: parameters by their plain names, one digit, a dash for nothing."""
+    plain = found.rename_axis(index=lambda name: (name or "").removeprefix("parameters."))
+    return plain.style.format(precision=1, na_rep="–").set_caption(caption)
 
 
 def paper(name: str) -> pd.DataFrame:
