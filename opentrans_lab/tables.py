@@ -113,7 +113,7 @@ def summary(
 
 
 def styled(found: pd.DataFrame, caption: str) -> Styler:
-    """:func:`summary` to look at: parameters by their plain names, one digit, a dash for nothing."""
+    """:func:`summary` to look at: plain names of parameters, one digit, a dash for nothing."""
     plain = found.rename_axis(index=lambda name: (name or "").removeprefix("parameters."))
     return plain.style.format(precision=1, na_rep="–").set_caption(caption)
 
