@@ -15,6 +15,7 @@ import papermill
 import yaml
 
 from .errors import LabError
+from .results import PROJECT
 
 GRID_KEYS = {"runs", "defaults", "outermost"}
 ENTRY_KEYS = {"notebook", "parameters", "after_all"}
@@ -103,7 +104,7 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
           - notebook: 05_paper_tables
             after_all: true              # starts when all above it have ended
 
-    A notebook is named relative to the grid's folder or the folder above it.
+    A notebook is named relative to the grid's folder, the one above it or the lab's notebooks.
 
     Raises:
         LabError: no such file, not YAML, an unknown key, notebook or parameter.
@@ -152,8 +153,11 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
 
 
 def _find(name: str, grid: Path) -> Path:
-    candidates = [folder / f"{name}.ipynb" for folder in (grid.parent, grid.parent.parent)]
+    folders = (grid.parent, grid.parent.parent, PROJECT / "notebooks")
+    candidates = [folder / f"{name}.ipynb" for folder in folders]
     found = next((p for p in candidates if p.is_file()), None)
     if found is None:
-        raise LabError(f"{grid}: no notebook {name!r} in {grid.parent} or the folder above it")
+        raise LabError(
+            f"{grid}: no notebook {name!r} in {grid.parent}, the folder above it or {folders[-1]}"
+        )
     return found

@@ -124,7 +124,12 @@ def _client(workers: int, scheduler: str) -> Iterator[Client]:
         cluster = SpecCluster(
             scheduler={
                 "cls": Scheduler,
-                "options": {"host": LOOPBACK, "dashboard": False, "security": security},
+                "options": {
+                    "host": LOOPBACK,
+                    "dashboard": False,
+                    "dashboard_address": f"{LOOPBACK}:0",  # any free port: two grids may run
+                    "security": security,
+                },
             },
             workers={
                 i: {"cls": Nanny, "options": _options(i, workers, security)} for i in range(workers)
