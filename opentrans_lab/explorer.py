@@ -78,7 +78,10 @@ def explore(models: Mapping[str, nn.Module], seed: int = 0) -> Figure | None:
     rule = ipywidgets.Dropdown(options=RULES, description="rule")
 
     def relist(change: dict) -> None:
+        chosen = layer.value
         layer.options = names[change["new"]]
+        if chosen in layer.options:  # the same layer, to compare models
+            layer.value = chosen
 
     def draw(model: str, layer: str, reshape: str, rule: str) -> None:
         fig = compare(models[model], layer, [reshape], [rule], seed)

@@ -1,13 +1,17 @@
-"""Files and folders of a data set: found with one look at each folder, missed by name."""
+"""Files and folders: a data set's, each folder looked at once, and those that a user names."""
 
 from __future__ import annotations
 
 import csv
+import glob
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import LabError
+
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def entries(folder: Path | str) -> list[str]:
@@ -91,3 +95,34 @@ def find_root(key: str, given: str | Path | None, variables: tuple[str, ...], la
             return Path(value).expanduser()
     others = " or ".join(variables)
     raise LabError(f"dataset={key!r} needs data_root (or the variable {others}): {layout}")
+
+
+def find_pictures(text: str) -> list[Path]:
+    """The files that a text names: paths, folders and patterns with ``*``, parted by spaces.
+
+    What has spaces in it goes in quotes. A folder stands for the pictures in it, by name.
+
+    Raises:
+        LabError: one that leads to no picture.
+    """
+    try:
+        parts = [text] if Path(text).expanduser().exists() else shlex.split(text)
+    except ValueError as error:
+        raise LabError(f"pictures={text!r}: {error}; quote what has spaces in it") from error
+    found: dict[Path, None] = {}
+    for part in parts:
+        path = Path(part).expanduser()
+        if path.is_dir():
+            some = [path / n for n in entries(path) if n.lower().endswith(PICTURES)]
+            if not some:
+                raise LabError(f"{path} holds no picture ({', '.join(PICTURES)}); name another")
+        else:
+            some = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+            some = [path] if path.is_file() else [p for p in some if p.is_file()]
+        if not some:
+            raise LabError(
+                f"there is no picture {path} (looked for in {Path.cwd()}); pictures= takes files, "
+                "folders and patterns, with quotes around what has spaces in it"
+            )
+        found |= dict.fromkeys(some)
+    return list(found)

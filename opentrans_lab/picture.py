@@ -102,20 +102,11 @@ def segment(
         folder = Path(model) if model else newest(framework)
         model, trained = open_model(folder, where)
         size, source = size or trained, str(folder)
-    small = resized(picture, size)[None]
     with evaluating(model, where):
-        scores = model.scores(small.to(where), class_names)[0].float()
+        scores = model.scores(fitted(picture, size)[None].to(where), class_names)[0].float()
+        # A few classes at a time: vocabularies can be long.
         labels = predict(scores, tuple(picture.shape[1:]))
     return Segmentation(picture, labels.cpu(), scores.cpu(), names, source)
-
-
-def resized(picture: Tensor, size: int | None) -> Tensor:
-    """(3, H, W) with ``size`` pixels (default: as many as it has) as its shorter side, at least
-    those of the trunk's stride."""
-    short = min(picture.shape[1:])
-    scale = max((size or short) / short, LEAST / short)
-    shape = [round(side * scale) for side in picture.shape[1:]]
-    return F.interpolate(picture[None], shape, mode="bilinear", antialias=True).clamp(0, 1)[0]
 
 
 def read_picture(image: str | Path | Image.Image | Tensor | np.ndarray) -> Tensor:
@@ -164,6 +155,14 @@ def read_picture(image: str | Path | Image.Image | Tensor | np.ndarray) -> Tenso
     if not min(pixels.shape[1:]):
         raise LabError(f"the picture has no pixels: {tuple(pixels.shape)}")
     return pixels
+
+
+def fitted(picture: Tensor, size: int | None = None) -> Tensor:
+    """A picture (3, H, W) in [0, 1] as a model gets it: its shorter side ``size``, 32 at least."""
+    h, w = picture.shape[1:]
+    scale = max((size or min(h, w)) / min(h, w), LEAST / min(h, w))
+    shape = [round(h * scale), round(w * scale)]
+    return F.interpolate(picture[None], shape, mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -234,7 +233,7 @@ def checked_names(class_names: ClassNames) -> tuple[str, ...]:
     """The first name of each class.
 
     Raises:
-        LabError: an empty name, or one that is there twice.
+        LabError: no names, an empty one, or one that is there twice.
     """
     flat = [name.strip().lower() for name in flat_names(class_names)[0]]  # as CLIP reads them
     if "" in flat:

@@ -36,7 +36,7 @@ def test_every_pixel_gets_one_of_the_names(model, rgb, tmp_path):
     assert done.labels.shape == (64, 96) and done.scores.shape == (3, 64, 96)
     assert torch.equal(done.scores.argmax(0), done.labels) and done.names == tuple(NAMES)
     assert done.overlay.size == (96, 64) and sum(done.shares.values()) == pytest.approx(1)
-    assert len(done.figure.axes) == 3
+    assert len(done.figure.axes) == 2
     again = segment(done.image, NAMES[::-1], model=model, device="cpu")
     torch.testing.assert_close(again.scores.flip(0), done.scores, rtol=1e-4, atol=1e-4)
 
