@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import PlaceholderLayoutEngine
 from matplotlib.patches import Patch
 from torch import Tensor
 
@@ -167,7 +168,9 @@ def _sheet(
     abreast = int(total / entry)
     below = 0.17 * math.ceil(len(patches) / abreast) + 0.12
     height = above + sum(talls) + 0.04 * len(talls) + below
-    fig = plt.figure(figsize=(total, height), layout="none")
+    # With none at all, saving a figure would leave the theme's layout behind.
+    still = PlaceholderLayoutEngine(adjust_compatible=True, colorbar_gridspec=True)
+    fig = plt.figure(figsize=(total, height), layout=still)
     top = height - above
     for r, (row, tall) in enumerate(zip(rows, talls, strict=True)):
         for (_, title), left, cell in zip(heads, lefts, row, strict=True):
