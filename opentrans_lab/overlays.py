@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import PlaceholderLayoutEngine
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.patches import Patch
 from torch import Tensor
 
@@ -169,7 +169,7 @@ def _sheet(
     below = 0.17 * math.ceil(len(patches) / abreast) + 0.12
     height = above + sum(talls) + 0.04 * len(talls) + below
     # With none at all, saving a figure would leave the theme's layout behind.
-    still = PlaceholderLayoutEngine(adjust_compatible=True, colorbar_gridspec=True)
+    still = PlaceHolderLayoutEngine(adjust_compatible=True, colorbar_gridspec=True)
     fig = plt.figure(figsize=(total, height), layout=still)
     top = height - above
     for r, (row, tall) in enumerate(zip(rows, talls, strict=True)):
