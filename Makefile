@@ -46,7 +46,7 @@ bench: env  ## time alpha, masks and counting against other libraries, and steps
 	$(BIN)/python tests/bench_alpha.py
 	$(BIN)/python tests/bench_masks.py
 	$(BIN)/python tests/bench_evaluate.py
-	$(BIN)/python tests/bench_steps.py
+	$(BIN)/python tests/bench_steps.py --out runs/bench/steps.csv
 
 overfit: env  ## let each framework learn 8 photographs: make overfit COCO=/data/coco (30 minutes)
 	$(BIN)/python tests/overfit_coco.py $(COCO) runs/overfit

@@ -10,7 +10,9 @@ are random and pictures are noise, for neither changes the time.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+import pandas as pd
 import torch
 
 from opentrans_lab.alpha import AUTHORS_FROZEN
@@ -18,6 +20,7 @@ from opentrans_lab.backbone import load_backbone
 from opentrans_lab.counter import on_meta
 from opentrans_lab.device import pick
 from opentrans_lab.frameworks import build
+from opentrans_lab.results import atomic_path
 from opentrans_lab.speed import savings, step_costs
 
 AIM = 20.0  # percent of the trunk's step that a frozen prefix saves
@@ -46,11 +49,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=0, help="0: 16 on a GPU, else 4")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="also write the table there, as CSV")
     asked = parser.parse_args()
     gpu = pick("auto").type == "cuda"
     size, count = asked.size, asked.batch_size or (16 if gpu else 4)
     images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     print(f"\na training step, {count} pictures of {size} pixels, {pick('auto')}")
+    tables = []
     for make in (trunk, deeplabv3):
         model, batch, objective = make(images, size)
         framework = on_meta(model)
@@ -58,9 +63,15 @@ def main() -> None:
         table = savings(framework, SELECTIONS, found, size=(size, size))
         print(f"\n{make.__name__} (RN50); savings in percent of a step")
         print(table.drop(columns="energy_J").to_string(index=False, float_format="%.3g"))
+        about = {"model": make.__name__, "size": size, "batch_size": count}
+        device = f"{pick('auto')}, {torch.get_num_threads()} threads"
+        tables.append(table.assign(**about, device=device))
         if make is trunk:
             saved = table.set_index("select")["step_saving"]["prefix"]
             print(f"stem and layer1 frozen whole: {saved:.1f} % saved (aim: {AIM:.0f} %)")
+    if asked.out:
+        with atomic_path(asked.out) as path:
+            pd.concat(tables).to_csv(path, index=False)
 
 
 if __name__ == "__main__":

@@ -73,12 +73,17 @@ class Lab:
             cwd=folder, env=os.environ | {k: str(v) for k, v in own.items()},
             stdout=self.log, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        self._wait(folder / "server.log")
+        try:
+            self._wait(folder / "server.log")
+        except BaseException:
+            self.stop()
+            raise
 
     def _wait(self, log):
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         for _ in range(240):
             try:
-                with urllib.request.urlopen(f"{self.url}/api?token={self.token}", timeout=5):
+                with direct.open(f"{self.url}/api?token={self.token}", timeout=5):
                     return
             except OSError:
                 assert self.process.poll() is None, log.read_text()

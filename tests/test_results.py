@@ -368,3 +368,15 @@ def test_the_readmes_claims_are_what_the_published_runs_say(monkeypatch, tmp_pat
     )
     said = cells_of("The paper's five claims")[2:]
     assert said == [[f"{r.claim} {r.says}", r.verdict, r.evidence] for r in expected.itertuples()]
+
+
+def test_the_readmes_savings_in_real_steps_are_what_the_bench_wrote():
+    table = pd.read_csv(PROJECT / "results" / "bench" / "steps.csv")
+    trunk = table[table["model"] == "trunk"].set_index("select")
+    saving, about = trunk["step_saving"], trunk.iloc[0]
+    text = (PROJECT / "README.md").read_text()
+    assert f"at {about['size']} px and batch {about['batch_size']}" in text
+    assert (
+        f"the prefix saves {saving['prefix']:.1f} % of a step and the paper's selection "
+        f"{saving['low_alpha']:.1f} %"
+    ) in text
