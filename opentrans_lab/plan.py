@@ -203,14 +203,17 @@ def plan(jobs: Sequence[Job], macs_per_second: float) -> pd.DataFrame:
 def reference(jobs: Sequence[Job]) -> Work:
     """The first stage of ``jobs`` that fine-tunes: what a throughput in pictures speaks of.
 
+    Where they only prune, a fine-tuning of DeepLabV3 with the same CLIP.
+
     Raises:
-        LabError: none does.
+        LabError: they train nothing.
     """
-    for job in jobs:
-        for work in work_of(job):
-            if work.recipe:
-                return work
-    raise LabError("no notebook of this grid fine-tunes a framework, so there is nothing to plan")
+    works = [work for job in jobs for work in work_of(job)]
+    if not works:
+        raise LabError("no notebook of this grid trains anything, so there is nothing to plan")
+    tuned = next((work for work in works if work.recipe), None)
+    preset = "mini" if works[0].lab.backbone == "mini" else "paper"
+    return tuned or replace(works[0], kind="segment", recipe=Recipe(preset=preset))
 
 
 def step_macs(work: Work) -> float:

@@ -149,8 +149,11 @@ def test_a_given_or_a_measured_speed(runs, tmp_path, capsys):
 
 
 def test_what_cannot_be_planned_says_so():
-    with pytest.raises(LabError, match="no notebook of this grid fine-tunes"):
+    with pytest.raises(LabError, match="no notebook of this grid trains anything"):
         reference([job("01_esd_and_alpha")])
+    pruning = [job("02_prune_imp")]
+    assert reference(pruning).recipe.framework == "deeplabv3"
+    assert plan(pruning, 1e12)["hours"].iloc[0] > 0
     with pytest.raises(LabError, match="unknown framework"):
         work_of(job("03_transfer", framework="deeplab"))
     assert work_of(job("05_paper_tables")) == []
