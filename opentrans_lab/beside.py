@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from .tables import half_width, main_setting, paper
+from .tables import HEADS_LEFT, half_width, main_setting, paper
 
 OURS = {"dense": "dense", "random": "random_layerwise", "ours": "ours"}  # Table 1's rows as ours
 COUNTED = "counted"
@@ -155,9 +155,8 @@ def side_by_side(table: pd.DataFrame, caption: str) -> Styler:
     text = table.assign(text=[_html(cell) for cell in table.itertuples()])
     wide = text.pivot_table("text", "line", "column", aggfunc="first", sort=False).fillna("")
     wide = wide.rename_axis(index=None, columns=None)
-    left = {"selector": "th", "props": "text-align: left"}
     look = {"text-align": "left", "white-space": "nowrap"}
-    return wide.style.set_caption(caption).set_properties(**look).set_table_styles([left])
+    return wide.style.set_caption(caption).set_properties(**look).set_table_styles(HEADS_LEFT)
 
 
 def _html(cell) -> str:

@@ -128,8 +128,9 @@ def _superior(table: pd.DataFrame, frameworks: Sequence[str] = ()) -> tuple[str,
     alone = table["n"] == 1
     good = (table["verdict"] == "wins") | (alone & (table["gain"] > 0))
     bad = (table["verdict"] == "loses") | (alone & (table["gain"] <= 0))
-    told = f"ahead in {int((table['gain'] > 0).sum())} of {len(table)} settings, "
-    told += ", ".join(f"{n} {word}" for word, n in table["verdict"].value_counts().items())
+    words = table["verdict"].value_counts()
+    counts = ", ".join(f"{w} {words[w]}" for w in ("wins", "ties", "loses", ONE_SEED) if w in words)
+    told = f"ahead in {int((table['gain'] > 0).sum())} of {len(table)} settings ({counts})"
     return _where(_judge(good, bad, table["n"]), told, table, frameworks)
 
 

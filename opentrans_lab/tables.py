@@ -14,6 +14,7 @@ ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "r
 """Parameters that the first published runs did not have yet, with the values that they ran with."""
 BESIDE = ("parameters.rows", "parameters.selects", "parameters.regimes")
 """What else a run looked at: it changes nothing in a line."""
+HEADS_LEFT = [{"selector": "th", "props": "text-align: left"}]  # a Styler's, above words
 POINTS = ("dense", "ours", "random_layerwise")  # the paper's three
 
 
