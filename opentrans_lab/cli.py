@@ -80,7 +80,7 @@ class PlanCommand:
     def __call__(self) -> int:
         from .grids import load_grid
         from .plan import ASSUMPTIONS, describe_plan, measured, plan, reference, step_macs
-        from .results import atomic_path
+        from .results import save_table
 
         jobs = load_grid(self.grid)
         work, speed, how = reference(jobs), self.images_per_second, "as given"
@@ -100,8 +100,7 @@ class PlanCommand:
         )
         print("\n".join(f"  {line}" for line in ASSUMPTIONS))
         if self.out:
-            with atomic_path(self.out) as path:
-                table.to_csv(path, index=False)
+            save_table(table, self.out)
             print(f"table: {self.out}")
         return 0
 

@@ -46,7 +46,7 @@ class AlphaCommand:
         from tqdm.auto import tqdm
 
         from .alpha import compare_authors, layer_alphas
-        from .results import atomic_path
+        from .results import save_table
 
         if self.compare not in (None, "authors"):
             raise LabError(f"--compare {self.compare} is unknown; the one choice is authors")
@@ -69,8 +69,7 @@ class AlphaCommand:
         median = f"median alpha over these {fitted}: {table['alpha'].median():.4f}"
         print(f"{fitted} of {len(table)} layers{without} fitted, {median}")
         if self.out:
-            with atomic_path(self.out) as path:
-                table.to_csv(path, index=False)
+            save_table(table, self.out)
             print(f"table: {self.out}")
         if self.compare:
             print(compare_authors(layer_alphas(weights, "slices", "peak_official")))
@@ -126,7 +125,7 @@ class CostCommand:
     def __call__(self) -> int:
         from .cost import SIZE, TRAINING_SIZE, cost, training_cost
         from .masks import Mask
-        from .results import atomic_path
+        from .results import save_table
 
         mask = Mask.load(self.mask) if self.mask else None
         about = dict(mask=mask, backbone=self.backbone, preset=self.preset)
@@ -141,8 +140,7 @@ class CostCommand:
         print(shown.rename(columns=units).to_string(index=False, na_rep="", float_format="%.6g"))
         print("1 FLOP = 1 MAC. 'paper' is reconstructed; residual = total - printed.")
         if self.out:
-            with atomic_path(self.out) as path:
-                table.to_csv(path, index=False)
+            save_table(table, self.out)
             print(f"table: {self.out}")
         return 0
 

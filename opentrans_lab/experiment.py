@@ -27,7 +27,7 @@ from .frameworks import FRAMEWORKS, PRESETS, build
 from .lab import Lab, cached
 from .processes import together, wait
 from .prune import PruneConfig
-from .results import atomic_path
+from .results import atomic_path, save_table
 from .stages import row_start, save_weights
 from .train import TrainConfig, fit
 from .transfer import ROWS, recalibrate
@@ -252,8 +252,7 @@ def _freeze_by_alpha(recipe: Recipe, folder: Path, step: int, model: nn.Module) 
         if recipe.select == "prefix" and recipe.prefix:
             names = recipe.prefix.split()
         if not (folder / "alphas.csv").exists():
-            with atomic_path(folder / "alphas.csv") as path:
-                alphas.to_csv(path, index=False)
+            save_table(alphas, folder / "alphas.csv")
         with atomic_path(choice) as path:
             path.write_text(json.dumps(names))
     unfreeze(model)
@@ -277,6 +276,5 @@ def _evaluate(model: nn.Module, lab: Lab, recipe: Recipe, folder: Path) -> dict[
             f"{prefix}unseen": 100 * found.miou_unseen,
         }
         if not prefix:
-            with atomic_path(folder / "per_class.csv") as path:
-                found.per_class.to_csv(path, index=False)
+            save_table(found.per_class, folder / "per_class.csv")
     return metrics

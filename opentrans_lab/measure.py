@@ -12,7 +12,7 @@ from .errors import LabError
 from .evaluate import evaluate
 from .panoptic import evaluate_panoptic
 from .picture import open_model
-from .results import atomic_path, run_key
+from .results import run_key, save_table
 
 SHOWN = 30  # classes
 PATH_CHECK = "a path check: the mini CLIP knows no photographs"
@@ -72,8 +72,7 @@ def measure(
         shown = table.query("pixels > 0").sort_values("pixels", ascending=False)
     table.insert(0, "data", title)
     if out:
-        with atomic_path(out) as path:
-            table.to_csv(path, index=False)
+        save_table(table, out)
     percent = [c for c in ("iou", "pq", "sq", "rq") if c in shown]
     lines = [title, *(f"  {name:<22}{100 * value:6.2f} %" for name, value in scores.items())]
     lines.append(_text(shown.assign(**{c: 100 * shown[c] for c in percent}).head(SHOWN)))

@@ -26,7 +26,7 @@ from .errors import LabError
 from .losses import cap_regions, class_loss, crop_regions, kd_loss, pool_regions, region_images
 from .masks import Mask
 from .processes import Chance
-from .results import atomic_path, revision
+from .results import atomic_path, revision, save_table
 from .text import first_names
 from .tower import prunable
 from .train import TrainConfig, fit
@@ -212,8 +212,7 @@ def prune(
                 mask.save(folder / "mask.safetensors")
                 rows.append(_row(k, mask, history))
             _save(student, folder / "student.safetensors")
-            with atomic_path(folder / "history.csv") as path:
-                history.to_csv(path, index=False)
+            save_table(history, folder / "history.csv")
             shutil.rmtree(folder / "checkpoints")
             if k > 1:
                 (out / f"round_{k - 1:02d}" / "student.safetensors").unlink(missing_ok=True)

@@ -47,6 +47,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         tmp.unlink(missing_ok=True)
 
 
+def save_table(table: pd.DataFrame, path: Path | str, index: bool = False) -> None:
+    """Write ``table`` as CSV to ``path``, whole or not at all."""
+    with atomic_path(path) as tmp:
+        table.to_csv(tmp, index=index)
+
+
 def runs_root() -> Path:
     """The folder of all runs: ``$OPENTRANS_RUNS``, else ``runs`` of the project around the cwd."""
     if named := os.environ.get("OPENTRANS_RUNS"):
@@ -179,8 +185,8 @@ class Run:
         for name, table in tables.items():
             if not len(table.columns):
                 continue
-            with atomic_path(self.dir / f"{name}.csv") as tmp:
-                table.to_csv(tmp, index=not isinstance(table.index, pd.RangeIndex))
+            named = not isinstance(table.index, pd.RangeIndex)
+            save_table(table, self.dir / f"{name}.csv", index=named)
         record = {
             "status": "ok",
             "notebook": self.notebook,
