@@ -3,15 +3,18 @@
 The notebook's process starts ``torchrun`` as a subprocess, shows its progress, and gets what
 ``fine_tune`` would have returned. Each process works on its part of every batch; the losses are the
 same as those of one process up to rounding (see ``processes``), but batch normalisation in train
-mode sees each part by itself.
+mode sees each part by itself. The processes find each other by a file and talk over the loopback
+alone; torchrun's usual meeting place would listen on every network of the machine.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict, replace
@@ -31,6 +34,7 @@ from .stages import row_start
 
 ENDS = {"LabError": LabError, "OutOfTime": OutOfTime}
 PARENT = "OPENTRANS_PARENT"  # the process that waits for the result
+MEETING = "OPENTRANS_MEETING"  # the file by which the processes find each other
 
 
 def spread(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
@@ -50,16 +54,26 @@ def spread(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
     job = {"lab": asdict(lab), "recipe": asdict(recipe), "config": asdict(config)}
     with atomic_path(folder / "job.json") as path:
         path.write_text(json.dumps(job))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={count}", "-m", __name__, str(folder)]
     threads = max(1, torch.get_num_threads() // count)
     about = {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "2", PARENT: str(os.getpid())}
-    tail = _show(command, os.environ | about)
+    with tempfile.TemporaryDirectory(prefix="opentrans-") as meeting:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
+        command += ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]
+        command += [f"--rdzv-endpoint={meeting}/torchrun", "-m", __name__, str(folder)]
+        about |= {MEETING: f"{meeting}/processes"}
+        tail = _show(command, _loopback() | os.environ | about)
     ended = json.loads(end.read_text()) if end.exists() else {"kind": None, "message": tail}
     end.unlink(missing_ok=True)
     if ended["kind"] == "result":
         return ended["result"]
     raise ENDS.get(ended["kind"], RuntimeError)(ended["message"])
+
+
+def _loopback() -> dict[str, str]:
+    """Environment in which torchrun and its processes open no port to the network."""
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    found = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return found | {f"{kind}_SOCKET_IFNAME": names[0] for kind in ("GLOO", "NCCL") if names}
 
 
 def _show(command: list[str], environment: dict[str, str]) -> str:
@@ -84,10 +98,14 @@ def main(folder: Path) -> int:
     threading.Thread(target=_die_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     job = json.loads((folder / "job.json").read_text())
     lab = replace(Lab(**job["lab"]), devices=1)
+    backend = "gloo"
     if pick(lab.device).type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        lab = replace(lab, device="cuda")
+        lab, backend = replace(lab, device="cuda"), "nccl"
+    rank, count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     try:
+        meeting = f"file://{os.environ[MEETING]}"
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=count)
         result = fine_tune(lab, Recipe(**job["recipe"]), PruneConfig(**job["config"]), folder)
         _tell(folder, {"kind": "result", "result": result})
     except (LabError, OutOfTime) as error:

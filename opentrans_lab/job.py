@@ -146,7 +146,9 @@ def _kernels(told: dict[str, str]) -> type[AsyncKernelManager]:
 
         @property
         def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict() | {"env": told})
+            # Its own log says only that it was interrupted, which is how kernels are ended.
+            command = get_kernel_dict(["--log-level=CRITICAL"])
+            return KernelSpec(resource_dir=RESOURCES, **command | {"env": told})
 
     return ThisPython
 

@@ -20,6 +20,7 @@ from .page import BACK, TO_RUN, changed_parameters, heading, is_mini_lab, number
 from .results import records, revision, runs_root
 
 OURS = 'content="opentrans-lab"'  # in every page of ours: such a folder may be replaced
+CLAIMS = "claims"  # a run's table that the site begins with, of several the newest
 ROWS, OPEN_ROWS = 60, 14  # of a table: shown at most, and shown without a click
 
 
@@ -65,9 +66,17 @@ def _write(site: Path) -> None:
     sections = [
         _section(name, grouped.get(name, []), lost[name], site, pages) for name in sorted(names)
     ]
+    judged = [
+        {"run": run, "frame": table["frame"]}
+        for section in sections
+        for run in section["runs"]
+        for table in run["tables"]
+        if table["name"] == CLAIMS
+    ]
     page = render(
         "index.html.j2",
         title="OpenTrans Lab",
+        answer=judged[-1] if judged else None,
         sections=sections,
         count=len(found),
         wall=sum(record["wall_s"] for _, record in found),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pandas as pd
@@ -97,7 +98,7 @@ segment_stage(replace(LAB, devices=2), replace(RECIPE, steps=10_000), PRUNING)
 """
 
 
-def test_a_killed_notebook_leaves_no_process_behind(root):
+def test_processes_listen_on_the_loopback_alone_and_a_killed_notebook_leaves_none(root):
     runs = root("killed")
     command = [sys.executable, "-c", KILLED]
     parent = subprocess.Popen(command, cwd=Path(__file__).parent, stderr=subprocess.PIPE)
@@ -105,6 +106,9 @@ def test_a_killed_notebook_leaves_no_process_behind(root):
         assert piece, "it ended before it trained"
     family = psutil.Process(parent.pid).children(recursive=True)
     assert sum("opentrans_lab.devices" in " ".join(p.cmdline()) for p in family) >= 2
+    sockets = [c for p in family for c in p.net_connections("inet")]
+    listening = [c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN]
+    assert listening and all(ip_address(ip).is_loopback for ip in listening)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     end = time.time() + 60

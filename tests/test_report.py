@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -122,6 +123,17 @@ def test_index_shows_numbers_tables_figures_and_failures(site):
     assert "AssertionError: not &lt;negative&gt;" in text and "04_bad/" in text
     assert "<span>seed <b>1</b></span>" in text and "default parameters" in text
     assert len(list(site.parent.rglob("transfer.csv"))) == 2
+
+
+def test_it_begins_with_the_newest_verdicts(runs, tmp_path):
+    for seed, verdict in enumerate(("not tested here", "mixed")):
+        claims = pd.DataFrame({"claim": ["C1"], "verdict": [verdict]})
+        Run("05_paper_tables", {"seed": seed, "dataset": "scenes"}).save({}, claims=claims)
+        time.sleep(1.1)  # records are ordered by the second
+    text = build_report(tmp_path / "site").read_text()
+    head, rest = text.split('<section id="05_paper_tables">')
+    assert "<td>mixed</td>" in head and "not tested" not in head and head.count(MINI_LAB) == 2
+    assert "<td>mixed</td>" in rest and "<td>not tested here</td>" in rest
 
 
 def test_page_holds_results_with_code_folded_and_figures_inside(site):

@@ -326,15 +326,20 @@ def test_the_readmes_map_is_what_the_published_runs_say(monkeypatch, tmp_path):
 def test_the_readmes_both_together_is_what_the_published_runs_say(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
     monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
-    runs = collect("04_selective_finetuning").query("`parameters.selects` == 'none low_alpha'")
-    columns = ["deeplabv3", "han", "fcclip"]
-    assert sorted(runs["parameters.framework"]) == sorted(columns)
-    said = {cells[0].split(" ")[0]: cells[1:] for cells in cells_of("Both contributions")[2:]}
-    for run in runs.to_dict("records"):
-        column = columns.index(run["parameters.framework"])
-        for line in pd.read_csv(f"{run['folder']}/both.csv").to_dict("records"):
-            cell = f"{line['seen']:.1f} / {line['unseen']:.1f} ({line['training']:.0f} %)"
-            assert said[line["has"]][column] == cell
+    every = lines("04_selective_finetuning", "both", selects="none low_alpha")
+    found = summary("04_selective_finetuning", "both", ["has"], ["seen", "unseen", "training"],
+                    selects="none low_alpha").reset_index()  # fmt: skip
+    table = cells_of("Both contributions")
+    said = {cells[0].split(" ")[0]: cells[1:] for cells in table[2:]}
+    assert len(said) == 4 and len(found) == 12
+    for line in found.to_dict("records"):
+        scores = [f"{line[s]:.1f}" + f" ± {line.get(f'{s} ±', 0):.1f}" * (line["n"] > 1)
+                  for s in ("seen", "unseen")]  # fmt: skip
+        column = list(FRAMEWORKS).index(line["parameters.framework"])
+        cell = f"{' / '.join(scores)} ({line['training']:.0f} %)"
+        assert said[line["has"]][column] == cell
+    wide = every.pivot_table("seen", ["parameters.framework", "seed"], "has")
+    assert (wide["both"] < wide["neither"]).all()
 
 
 def test_a_run_from_before_a_parameter_counts_with_the_value_it_had(runs):
