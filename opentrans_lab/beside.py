@@ -166,7 +166,8 @@ def _html(cell) -> str:
     seeds = " ".join(_link(folder, str(seed)) for seed, folder in cell.runs.items())
     word = "seed" if cell.n == 1 else "seeds"
     behind = f"{word} {seeds}" if cell.n else COUNTED
-    difference = f"{cell.difference:+.1f}" if abs(cell.difference) >= 0.05 else "0"
+    difference = "0" if abs(cell.difference) < 0.05 else f"{cell.difference:+.1f}"
+    difference = _number(cell.difference) if pd.isna(cell.difference) else difference
     return (
         f"<b>{_number(cell.ours)}</b>{half}, {behind}<br>"
         f"paper {_number(cell.paper)}, difference {difference}"

@@ -21,6 +21,8 @@ MINI_LAB = "mini lab – procedural scenes, not COCO"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BACK = "<!-- back -->"  # the report puts its link to the index here
 TO_RUN = re.compile(r'data-run="([^"]*)" href="([^"]*)"')  # a link to a run from a notebook's table
+TO_NOTEBOOK = re.compile(r'data-notebook="([^"]*)"')  # the prose's link to another notebook
+BESIDE = re.compile(r'<a href="(?!#|/|[a-z]+:)([^"]*)"')  # to a file beside the notebook
 
 
 def is_mini_lab(parameters: dict) -> bool:
@@ -124,8 +126,15 @@ class _Renderer(IPythonRenderer):
 
 
 def _markdown(source: str) -> str:
+    """As HTML. Files beside a notebook are not beside its page, so links to them lead nowhere; of
+    notebooks they keep the name, by which the report leads to its section."""
     renderer = _Renderer(escape=False, exclude_anchor_links=True)
-    return MarkdownWithMath(renderer=renderer).render(source)
+    return BESIDE.sub(_placeholder, MarkdownWithMath(renderer=renderer).render(source))
+
+
+def _placeholder(link: re.Match) -> str:
+    path = Path(link[1])
+    return f'<a data-notebook="{path.stem}"' if path.suffix == ".ipynb" else "<a"
 
 
 class _Exporter(HTMLExporter):

@@ -16,7 +16,16 @@ import pandas as pd
 from pandas.errors import EmptyDataError
 
 from .errors import LabError
-from .page import BACK, TO_RUN, changed_parameters, heading, is_mini_lab, number, render
+from .page import (
+    BACK,
+    TO_NOTEBOOK,
+    TO_RUN,
+    changed_parameters,
+    heading,
+    is_mini_lab,
+    number,
+    render,
+)
 from .results import records, revision, runs_root
 
 OURS = 'content="opentrans-lab"'  # in every page of ours: such a folder may be replaced
@@ -43,9 +52,15 @@ def build_report(out: Path | None = None) -> Path:
     try:
         _write(site)
         site.chmod(0o755)
+        old = site.with_name(site.name + "-old")
         if out.exists():
-            out.rename(site.with_name(site.name + "-old"))
-        site.rename(out)
+            out.rename(old)
+        try:
+            site.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
     finally:
         shutil.rmtree(site, ignore_errors=True)
         shutil.rmtree(site.with_name(site.name + "-old"), ignore_errors=True)
@@ -84,7 +99,13 @@ def _write(site: Path) -> None:
         made=datetime.now().strftime("%Y-%m-%d %H:%M"),
         revision=revision(),
     )
+    page = TO_NOTEBOOK.sub(lambda link: _section_link(link[1], names), page)
     (site / "index.html").write_text(page, encoding="utf-8")
+
+
+def _section_link(notebook: str, names: set[str], index: str = "") -> str:
+    """To a notebook's section, if the site has one."""
+    return f'href="{index}#{notebook}"' if notebook in names else ""
 
 
 def _name(record: dict) -> str:
@@ -127,6 +148,8 @@ def _card(folder: Path, record: dict, site: Path, pages: dict[str, str]) -> dict
         back = '<a class="button" href="../../index.html">All runs</a>'
         text = page.read_text(encoding="utf-8").replace(BACK, back)
         text = TO_RUN.sub(lambda link: f'href="../../{pages.get(link[1], "index.html")}"', text)
+        names = {name.partition("/")[0] for name in pages}
+        text = TO_NOTEBOOK.sub(lambda x: _section_link(x[1], names, "../../index.html"), text)
         (target / "index.html").write_text(text, encoding="utf-8")
     figures, tables = sorted(folder.glob("[!.]*.png")), sorted(folder.glob("[!.]*.csv"))
     for path in (*figures, *tables):

@@ -114,9 +114,13 @@ def summary(
 
 
 def styled(found: pd.DataFrame, caption: str) -> Styler:
-    """:func:`summary` to look at: plain names of parameters, one digit, a dash for nothing."""
-    plain = found.rename_axis(index=lambda name: (name or "").removeprefix("parameters."))
-    return plain.style.format(precision=1, na_rep="–").set_caption(caption)
+    """:func:`summary` or :func:`paper_wide` to look at: plain names of parameters, one digit, a
+    dash for nothing, and each line whole, so that it can be sorted."""
+    plain = found.reset_index() if found.index.names != [None] else found.copy()
+    plain.columns = [str(name).removeprefix("parameters.") for name in plain]
+    numbers = [str(name) for name in found]
+    look = plain.style.hide(axis="index").set_caption(caption)
+    return look.format(precision=1, na_rep="–", subset=numbers)
 
 
 def paper(name: str) -> pd.DataFrame:

@@ -81,15 +81,31 @@ def test_the_weights_and_the_mask_are_two_claims():
     ([31], "holds, one seed"),
 ])  # fmt: skip
 def test_small_alpha_must_beat_all_three(low, word):
-    assert judged(third=selection(low)).loc["C3", "verdict"] == word
+    line = judged(third=selection(low)).loc["C3"]
+    assert line["verdict"] == f"{word} where tested" and "not tested in b" in line["evidence"]
 
 
 def test_both_together_keep_accuracy_only_at_a_lower_cost():
     assert judged(fourth=both(30.0)).loc["C4", "verdict"] == "holds"
     assert judged(fourth=both(20.0)).loc["C4", "verdict"] == "does not hold"
     assert judged(fourth=both(30.0, training=101.0)).loc["C4", "verdict"] == "does not hold"
+    dear = pd.concat([both(30.0, frameworks=["a"]), both(30.0, 101.0, frameworks=["b"])])
+    assert judged(fourth=dear).loc["C4", "verdict"] == "mixed"  # a setting's cost is its own
     mixed = pd.concat([both(30.0, frameworks=["a"]), both(20.0, frameworks=["b"])])
     assert judged(fourth=mixed).loc["C4", "verdict"] == "mixed"
+
+
+@pytest.mark.parametrize("gains, word", [
+    ([-5, -20], "mixed"), ([-30, -10, -5], "mixed"), ([-30, -29, -31], "does not hold"),
+    ([0.2, -0.1, 0.1], "holds"), ([-0.1], "holds, one seed"), ([-2], "does not hold, one seed"),
+])  # fmt: skip
+def test_noise_is_no_kept_accuracy(gains, word):
+    found = both(30.0)
+    found = found[found["seed"] < len(gains)]
+    found.loc[found["has"] == "neither", "seen"] = 30.0
+    for seed, gain in enumerate(gains):
+        found.loc[(found["has"] == "both") & (found["seed"] == seed), "seen"] = 30.0 + gain
+    assert judged(fourth=found).loc["C4", "verdict"] == word
 
 
 def test_costs_are_held_against_what_is_printed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 
 import opentrans_lab
 from opentrans_lab.batch import run_grid
+from opentrans_lab.beside import side_by_side
 from opentrans_lab.errors import LabError
 from opentrans_lab.grids import Job
-from opentrans_lab.page import MINI_LAB, duration, number
+from opentrans_lab.page import MINI_LAB, duration, number, run_page
 from opentrans_lab.report import build_report
-from opentrans_lab.results import Run, run_dir
+from opentrans_lab.results import PROJECT, Run, load, run_dir
+from opentrans_lab.tables import styled
 
 matplotlib.use("Agg")
 PLOT = """import pandas as pd
@@ -115,6 +118,30 @@ def test_it_reads_well_in_a_browser_and_its_tables_sort(site, browser):
     page.close()
 
 
+def test_the_tables_of_05_sort_whole_lines(browser):
+    """A summary over settings, and cells that hold more than a number."""
+    about = pd.MultiIndex.from_product([["han", "fcclip"], ["dense", "ours"]])
+    about.names = ["parameters.framework", "row"]
+    values = pd.DataFrame({"n": 1, "seen": [9.5, 105.5, 44.1, 268.2]}, about)
+    parts = pd.DataFrame({"line": ["a", "b", "c"], "column": "GMACs", "ours": [268.2, 44.1, 105.5],
+                          "half": float("nan"), "n": 0, "paper": [268.0, float("nan"), 105.0],
+                          "difference": [0.2, float("nan"), 0.5], "runs": [{}] * 3})  # fmt: skip
+    for table, head, lines in (
+        (styled(values, "x"), "seen", ["han dense 1 9.5", "fcclip dense 1 44.1",
+                                       "han ours 1 105.5", "fcclip ours 1 268.2"]),
+        (side_by_side(parts, "x"), "GMACs", ["b 44.1, countedpaper –, difference –",
+                                             "c 105.5, countedpaper 105.0, difference +0.5",
+                                             "a 268.2, countedpaper 268.0, difference +0.2"]),
+    ):  # fmt: skip
+        page = browser.new_page()
+        page.set_content(table.to_html())
+        page.add_script_tag(path=SORT)
+        page.locator("thead th", has_text=head).click()
+        rows = page.evaluate("[...document.querySelectorAll('tbody tr')].map(r => r.textContent)")
+        assert [" ".join(row.split()) for row in rows] == lines
+        page.close()
+
+
 def test_index_shows_numbers_tables_figures_and_failures(site):
     text = site.read_text()
     assert 'name="viewport"' in text
@@ -123,6 +150,31 @@ def test_index_shows_numbers_tables_figures_and_failures(site):
     assert "AssertionError: not &lt;negative&gt;" in text and "04_bad/" in text
     assert "<span>seed <b>1</b></span>" in text and "default parameters" in text
     assert len(list(site.parent.rglob("transfer.csv"))) == 2
+
+
+def test_the_notebooks_own_links_resolve_too(runs, tmp_path):
+    """Of all committed notebooks, as they are: to each other's sections, or nowhere."""
+    notebooks = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+    for path in notebooks:
+        run = Run(path.stem, {"seed": 0, "dataset": "scenes"})
+        run.save({})
+        shutil.copy(path, run.dir / "executed.ipynb")
+        page = run_page(run.dir, load(run.dir))
+        (run.dir / "report.html").write_text(page)
+        left = [x for x in Links(page).links if not re.match(r"#|data:|https?:", x)]
+        assert not left, left
+    index = build_report(tmp_path / "site")
+    said = set()
+    for page in (index, *index.parent.glob("*/*/index.html")):
+        for link in Links(page.read_text()).links:
+            if re.match(r"data:|https?:", link):
+                continue
+            target, _, fragment = unquote(link).partition("#")
+            target = (page.parent / target).resolve() if target else page
+            assert target.is_file(), link
+            assert not fragment or f'id="{fragment}"' in target.read_text(), link
+            said.add(fragment)
+    assert {path.stem for path in notebooks if path.stem[:2] in ("01", "03", "05")} <= said
 
 
 def test_it_begins_with_the_newest_verdicts(runs, tmp_path):
