@@ -338,8 +338,33 @@ def test_the_readmes_both_together_is_what_the_published_runs_say(monkeypatch, t
         column = list(FRAMEWORKS).index(line["parameters.framework"])
         cell = f"{' / '.join(scores)} ({line['training']:.0f} %)"
         assert said[line["has"]][column] == cell
-    wide = every.pivot_table("seen", ["parameters.framework", "seed"], "has")
-    assert (wide["both"] < wide["neither"]).all()
+    text = (PROJECT / "README.md").read_text().split("**Both contributions")[1].split("\n**")[0]
+    for has in ("both", "selection"):
+        gaps = compared(every, "has", has, ["neither"], ["parameters.framework"], "seen")
+        for line in gaps.itertuples():
+            assert f"{line.gain:+.1f}" + f" ± {line.half:.1f}" * (line.n > 1) in text
+
+
+def test_the_readmes_test_bed_is_what_the_published_runs_say(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
+    monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
+    which = dict(framework="han", selects="none random high_alpha low_alpha")
+    scores = ["seen", "unseen"]
+    found = summary("04_selective_finetuning", "selection", ["select"], [*scores, "seen_gain"],
+                    **which)  # fmt: skip
+    said = {cells[0].split(" (")[0].replace(" ", "_"): cells[1:]
+            for cells in cells_of("In the paper's own test-bed")[2:]}  # fmt: skip
+    assert set(said) == set(found.index) and (found["n"] >= 2).all()
+    for select, (levels, points) in said.items():
+        line = found.loc[select]
+        assert levels == " / ".join(f"{line[s]:.1f} ± {line[f'{s} ±']:.1f}" for s in scores)
+        gain = f"{line['seen_gain']:+.1f} ± {line['seen_gain ±']:.1f}"
+        assert points == ("–" if select == "none" else gain)
+    every = lines("04_selective_finetuning", "selection", **which)
+    wide = every.pivot_table("seen", "seed", "select")
+    assert (wide["low_alpha"] < wide["none"]).all() and (wide["high_alpha"] > wide["none"]).all()
+    wide = every.pivot_table("unseen", "seed", "select")
+    assert not (wide["low_alpha"] > wide["none"]).all()
 
 
 def test_a_run_from_before_a_parameter_counts_with_the_value_it_had(runs):
