@@ -42,8 +42,8 @@ _TO_RGB = np.array(
 def colour(name: str) -> Colour:
     """An RGB colour in [0, 1] that depends on the class name alone (case and spaces aside).
 
-    Names are spread evenly over all colours that a screen can show and that are neither grey nor
-    very dark or light, so that two of one picture are as seldom alike as that allows.
+    Any colour that a screen can show and that is neither grey nor very dark or light is as likely
+    as any other to the eye, so that two of one picture are seldom alike.
     """
     word = " ".join(name.lower().split())
     for attempt in count():

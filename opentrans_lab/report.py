@@ -94,6 +94,7 @@ def _write(site: Path) -> None:
         answer=judged[-1] if judged else None,
         sections=sections,
         count=len(found),
+        published=sum(not folder.is_relative_to(runs_root()) for folder, _ in found),
         wall=sum(record["wall_s"] for _, record in found),
         mini_lab=any(is_mini_lab(record["parameters"]) for _, record in found),
         made=datetime.now().strftime("%Y-%m-%d %H:%M"),

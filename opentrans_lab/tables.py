@@ -62,7 +62,8 @@ def differing(found: pd.DataFrame) -> list[str]:
 
 
 def main_setting(found: pd.DataFrame) -> pd.DataFrame:
-    """Of :func:`lines`, those of the experiment with most seeds; of several, the newest."""
+    """Of :func:`lines`, those of the experiment with most seeds; of several, the one that was
+    begun last."""
     if found.empty:
         return found
     by = differing(found)

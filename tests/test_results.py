@@ -388,7 +388,7 @@ def test_a_run_from_before_a_parameter_counts_with_the_value_it_had(runs):
 def test_the_readmes_claims_are_what_the_published_runs_say(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
     monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
-    own = {"dataset": "scenes"}
+    own = {"backbone": "mini", "dataset": "scenes"}
     expected = claim_table(
         lines("03_transfer", "transfer", terms="both", **own),
         lines("04_selective_finetuning", "selection", **own),
