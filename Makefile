@@ -27,8 +27,8 @@ demo: env  ## run all notebooks on the mini lab and build the HTML report
 	@$(BIN)/opentrans-lab run notebooks/grids/demo.yaml; status=$$?; \
 	  $(BIN)/opentrans-lab report && exit $$status
 
-test: env  ## run every test, the notebooks included
-	$(BIN)/python -m pytest
+test: env  ## run every test, the notebooks included, on up to four cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lab: env  ## open JupyterLab with the first notebook
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_index.ipynb

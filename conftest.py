@@ -12,14 +12,16 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # nbval reads a cell's messages after its end, and ZeroMQ drops what is over 1,000 of them, the
+    # one that says "done" included: bars may not write ten lines a second for minutes.
+    os.environ.setdefault("TQDM_MININTERVAL", "10")
+    if hasattr(config, "workerinput"):
+        return  # one of several processes: they share what the first of them has set
     # Before any kernel starts: results cached in the user's runs must not hide a broken stage.
     folder = tempfile.TemporaryDirectory(prefix="opentrans-tests-")
     os.environ["OPENTRANS_RUNS"] = folder.name
     os.environ["OPENTRANS_RESULTS"] = f"{folder.name}/published"
     config.add_cleanup(folder.cleanup)
-    # nbval reads a cell's messages after its end, and ZeroMQ drops what is over 1,000 of them, the
-    # one that says "done" included: bars may not write ten lines a second for minutes.
-    os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
