@@ -95,7 +95,7 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
     ::
 
         defaults: {dataset: scenes}      # for every notebook that has the parameter
-        outermost: seed                  # all of seed 0 first, then all of seed 1, …
+        outermost: seed                  # all of the first seed, then all of the second, …
         runs:
           - 00_index
           - notebook: 03_transfer
@@ -130,14 +130,14 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
                 raise LabError(f"{path}: grid {entry['grid']!r} holds itself")
             jobs += load_grid(other, (*within, path.name))
             continue
-        if not isinstance(entry, dict) or entry.keys() - ENTRY_KEYS:
+        if not isinstance(entry, dict) or entry.keys() - ENTRY_KEYS or "notebook" not in entry:
             raise LabError(
                 f"{path}: {entry!r} must hold `notebook` and may hold `parameters` and "
                 "`after_all`, or name another `grid`"
             )
         if not isinstance(entry.get("parameters") or {}, dict):
             raise LabError(f"{path}: `parameters` of {entry['notebook']} must map names to values")
-        notebook = _find(str(entry.get("notebook")), path)
+        notebook = _find(str(entry["notebook"]), path)
         known = defaults(notebook)
         used |= known.keys() & shared.keys()
         given = {k: v for k, v in shared.items() if k in known} | (entry.get("parameters") or {})
@@ -148,8 +148,17 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
     if unused := shared.keys() - used:
         raise LabError(f"{path}: no notebook has the parameters {', '.join(sorted(unused))}")
     if outermost := grid.get("outermost"):
-        jobs.sort(key=lambda job: complete(*job[:2]).get(outermost, 0))
+        jobs = _regroup(jobs, outermost, path)
     return jobs
+
+
+def _regroup(jobs: list[Job], name: str, grid: Path) -> list[Job]:
+    """``jobs`` with equal values of a parameter together, in the order in which these appear."""
+    values = [complete(*job[:2]).get(name) for job in jobs]
+    if all(value is None for value in values):
+        raise LabError(f"{grid}: no notebook has the parameter {name!r} that is to be `outermost`")
+    ranks = [(job.after_all, values.index(at)) for job, at in zip(jobs, values, strict=True)]
+    return [job for _, job in sorted(zip(ranks, jobs, strict=True), key=lambda pair: pair[0])]
 
 
 def _find(name: str, grid: Path) -> Path:

@@ -78,7 +78,7 @@ class Work:
         """Multiply-accumulates of training and evaluation."""
         size, backbone = self.lab.size, self.lab.backbone
         if self.recipe is None:
-            crops = min(REGIONS / self.config.batch_size, REGIONS) * _tower(backbone, None)
+            crops = REGIONS / self.config.batch_size * _tower(backbone, None)
             return self.pictures * (3 * _tower(backbone, size) + crops)
         recipe = self.recipe
         step = _training(recipe.framework, size, backbone, recipe.preset)

@@ -82,7 +82,9 @@ def test_grid_multiplies_lists_and_keeps_the_order(tiny, tmp_path, write_noteboo
         ("b", 0, 2), ("b", 0, 3), ("b", 1, 2), ("b", 1, 3), ("c",),
     ]  # fmt: skip
     path.write_text(GRID + "outermost: scale\n")
-    assert [job.parameters.get("scale") for job in load_grid(path)] == [None, None, 2, 2, 3, 3]
+    assert [job.parameters.get("scale") for job in load_grid(path)] == [None, 2, 2, 3, 3, None]
+    path.write_text(GRID + "  - {notebook: 00_plain, after_all: true}\noutermost: name\n")
+    assert [job.parameters.get("name") for job in load_grid(path)] == [None, *"bbbbc", None]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,9 @@ def test_grid_multiplies_lists_and_keeps_the_order(tiny, tmp_path, write_noteboo
         ("hello", "must hold `runs`"),
         ("runs: [01_tiny]\nworker: 2", "must hold `runs`"),
         ("runs: [{notebok: 01_tiny}]", "must hold `notebook`"),
+        ("runs: [{parameters: [1]}]", "must hold `notebook`"),
+        ("runs: [{notebook: 01_tiny, parameters: [1]}]", "must map names to values"),
+        ("runs: [01_tiny]\noutermost: sede", "no notebook has the parameter 'sede'"),
         ("runs: [09_none]", "no notebook '09_none'"),
         ("defaults: {sede: 1}\nruns: [01_tiny]", "no notebook has the parameters sede"),
     ],

@@ -82,14 +82,14 @@ CELLS = ["2026-03-01", "1,000", "5144ce", "–", "2", "1e4", "-3.5 ± 1.0", "202
 SORT = Path(opentrans_lab.__file__).parent / "site" / "sort.js"
 
 
-def test_it_reads_well_in_a_browser_and_its_tables_sort(site, browser):
+def on_a_phone(browser, *paths):
     """From the disk, as one opens it: no error in the console, no picture missing, no request."""
-    page = browser.new_page(viewport={"width": 390, "height": 800})  # a phone
+    page = browser.new_page(viewport={"width": 390, "height": 800})
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
-    for path in (site, *site.parent.glob("*/*/index.html")):
+    for path in paths:
         page.goto(path.as_uri())
         page.wait_for_load_state("load")
         widths = page.evaluate(
@@ -99,7 +99,22 @@ def test_it_reads_well_in_a_browser_and_its_tables_sort(site, browser):
         assert all(width > 0 for width in widths)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert not said and all(url.startswith(("file:", "data:")) for url in asked)
+    return page
 
+
+def test_the_published_tables_read_well_on_a_phone(runs, browser, monkeypatch):
+    """05 as it is, over all that is published: the widest page there is."""
+    monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
+    run_grid([Job(PROJECT / "notebooks" / "05_paper_tables.ipynb", {})])
+    index = build_report(runs.parent / "site")
+    (path,) = index.parent.glob("05_paper_tables/*/index.html")
+    page = on_a_phone(browser, index, path)
+    assert page.locator("table").count() > 5 and page.locator("img").count() > 0
+    page.close()
+
+
+def test_it_reads_well_in_a_browser_and_its_tables_sort(site, browser):
+    page = on_a_phone(browser, site, *site.parent.glob("*/*/index.html"))
     page.goto(site.as_uri())
     head = page.locator("table thead th", has_text="seed").first
     read = "t => [...t.closest('table').tBodies[0].rows].map(r => r.cells[t.cellIndex].textContent)"
