@@ -12,9 +12,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .errors import LabError
-from .grids import Job, complete
+from .grids import Job
 from .job import RunResult, run_job
-from .results import load, run_dir, runs_root
+from .results import load, runs_root
 from .workers import Ended, Started, run_on_workers
 
 
@@ -50,7 +50,7 @@ def run_grid(
             must see the project and the folder of runs under the same paths.
 
     Returns:
-        one result a job, in the order of ``jobs``.
+        one result a job, in the order of ``jobs``; equal jobs are one.
 
     Raises:
         LabError: an unknown notebook or parameter in any job, before the first one is run; a
@@ -58,8 +58,12 @@ def run_grid(
     """
     if workers < 1:
         raise LabError(f"--workers {workers} must be 1 or more")
-    jobs = [Job(*job) for job in jobs]
-    folders = [run_dir(job.notebook.stem, complete(*job[:2])) for job in jobs]
+    if deadline is not None:
+        check_minutes(deadline)
+    once: dict[Path, Job] = {}
+    for job in (Job(*job) for job in jobs):
+        once.setdefault(job.folder, job)
+    folders, jobs = list(once), list(once.values())
     begun = time.time()
     since, until = begun if force else None, None if deadline is None else begun + 60 * deadline
     done = {i: run_job(jobs[i]) for i, at in enumerate(folders) if not force and load(at)}
@@ -86,6 +90,12 @@ def run_grid(
     ]
     _summary(results, time.time() - begun)
     return results
+
+
+def check_minutes(minutes: float) -> None:
+    """Refuse a deadline that is none."""
+    if not minutes >= 0:
+        raise LabError(f"{minutes} minutes must be 0 or more")
 
 
 def _run_here(
@@ -117,7 +127,8 @@ def _summary(results: list[RunResult], seconds: float) -> None:
     counts = {s: sum(r.status == s for r in results) for s in ("ok", "finished before", "failed")}
     print(
         f"{counts['ok']} run now in {seconds:.0f} s, {counts['finished before']} finished before"
-        f" (--force redoes them), {counts['failed']} failed; all under {runs_root()}"
+        f" (`opentrans-lab run --force` redoes them), {counts['failed']} failed;"
+        f" all under {runs_root()}"
     )
     for result in results:
         if result.status == "failed":

@@ -67,7 +67,7 @@ class BenchmarkFiles(LabelFiles):
         check_split(split, ("train", "val"), key)
         wanted = " or ".join(", ".join(_needs(x, split)) for x in about.layouts)
         told = f"{about.title} needs {wanted}; official source: {about.source}"
-        root = find_root(key, data_root, ("OPENTRANS_DATA", "DETECTRON2_DATASETS"), told)
+        root = find_root(key, data_root, told)
         root, layout = _find(root, about, split, told)
         pairs = layout.pairs(root, layout.splits.get(split, split))
         if not pairs:

@@ -10,16 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from .batch import run_grid, run_notebook
-from .grids import Job, complete, load_grid
+from .batch import check_minutes, run_grid, run_notebook
+from .grids import Job, find_notebook, load_grid
 from .job import RunResult
 from .page import duration
 from .plan import past_speed, plan
 from .report import build_report
-from .results import load, publish, records, run_dir
+from .results import load, publish, records
 from .tables import experiment
 
-TABLES = "05_paper_tables.ipynb"
+TABLES = "05_paper_tables"
 
 
 def missing_first(jobs: Sequence[Job]) -> list[Job]:
@@ -34,10 +34,10 @@ def missing_first(jobs: Sequence[Job]) -> list[Job]:
     seeds = Counter((name, experiment(params, seedless=True)) for name, params in there)
     ranks = []
     for job in jobs:
-        name, params = job.notebook.stem, complete(*job[:2])
+        name, params = job.notebook.stem, job.full
         which = (name, experiment(params, seedless=True))
         again = (name, experiment(params)) in known
-        here = again and load(run_dir(name, params)) is not None
+        here = again and load(job.folder) is not None
         ranks.append((job.after_all, here, again, seeds[which]))
         seeds[which] += not again
     return [job for _, job in sorted(zip(ranks, jobs, strict=True), key=lambda pair: pair[0])]
@@ -45,7 +45,7 @@ def missing_first(jobs: Sequence[Job]) -> list[Job]:
 
 def outlook(jobs: Sequence[Job]) -> str:
     """How much of ``jobs`` is done, and how long the rest takes one device at its past speed."""
-    done = sum(load(run_dir(job.notebook.stem, complete(*job[:2]))) is not None for job in jobs)
+    done = sum(load(job.folder) is not None for job in jobs)
     told = f"campaign: {done} of {len(jobs)} runs finished"
     speed = past_speed(jobs)
     if done == len(jobs) or math.isnan(speed):
@@ -68,12 +68,12 @@ def campaign(
     Raises:
         LabError: as ``batch.run_grid``.
     """
+    check_minutes(minutes)
     jobs = load_grid(grid)
     print(outlook(jobs))
     done = run_grid(missing_first(jobs), False, minutes, workers, scheduler)
-    tables = grid.parent.parent / TABLES
-    if tables.is_file():  # it reads the other runs, so what it said before is out of date
-        done.append(run_notebook(tables, force=True))
+    # It reads the other runs, so what it said before is out of date.
+    done.append(run_notebook(find_notebook(TABLES, grid), force=True))
     if finished := [r.folder for r in done if r.status in ("ok", "finished before")]:
         print("published: " + ", ".join(str(folder) for folder in publish(finished)))
     print(outlook(jobs))

@@ -5,6 +5,7 @@ Each command imports what it needs when it runs, so that ``--help`` answers at o
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ class RunCommand:
         from .batch import outcome, run_grid, run_notebook
         from .grids import load_grid
 
+        _one_of(self.workers, self.scheduler)
         if self.target.suffix in (".yaml", ".yml"):
             if self.parameters:
                 raise LabError(f"-p goes with a notebook; write parameters into {self.target}")
@@ -82,10 +84,11 @@ class PlanCommand:
         from .plan import ASSUMPTIONS, describe_plan, measured, plan, reference, step_macs
         from .results import save_table
 
+        speed, how = self.images_per_second, "as given"
+        if not 0 <= speed < math.inf:
+            raise LabError(f"--images-per-second {speed} must be a number above 0")
         jobs = load_grid(self.grid)
-        work, speed, how = reference(jobs), self.images_per_second, "as given"
-        if speed < 0:
-            raise LabError(f"--images-per-second {speed} must be more than 0")
+        work = reference(jobs)
         if not speed:
             speed, how = measured(work)
         rate = speed * step_macs(work)
@@ -139,6 +142,7 @@ class CampaignCommand:
     def __call__(self) -> int:
         from .campaign import campaign
 
+        _one_of(self.workers, self.scheduler)
         done, report = campaign(self.grid, self.minutes, self.workers, self.scheduler)
         print(f"report: {report}")
         return _exit_code(done)
@@ -175,6 +179,11 @@ Command = (
     | Annotated[CampaignCommand, named("campaign")]
     | Annotated[MiniClipCommand, named("mini-clip")]
 )
+
+
+def _one_of(workers: int, scheduler: str) -> None:
+    if workers > 1 and scheduler:
+        raise LabError("--scheduler brings its own workers; leave --workers out")
 
 
 def _exit_code(results: list) -> int:

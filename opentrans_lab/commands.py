@@ -5,7 +5,6 @@ Each imports what it needs when it runs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -277,11 +276,7 @@ class DataCommand:
         from .datacheck import check
 
         picture = self.picture or Path(f"data_{self.dataset}_{self.split}.png")
-        try:
-            found = check(self.dataset, self.split, self.root, picture)
-        except LabError as error:
-            print(f"opentrans-lab: {error}", file=sys.stderr)
-            return 1
+        found = check(self.dataset, self.split, self.root, picture)
         print(found)
         if found.images:
             print(f"  overlay            {picture}")

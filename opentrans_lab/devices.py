@@ -46,8 +46,16 @@ def spread(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
     count, device = lab.devices, pick(lab.device)
     if recipe.batch_size % count:
         raise LabError(f"batch_size={recipe.batch_size} cannot be shared by devices={count}")
+    if recipe.batch_size < 2 * count and recipe.norm != "eval":
+        raise LabError(
+            f"batch_size={recipe.batch_size} leaves one picture to each of devices={count}, and "
+            'batch normalisation needs two; use a larger batch, or norm="eval"'
+        )
     if device.type == "cuda" and count > torch.cuda.device_count():
-        raise LabError(f"devices={count}, but this machine has {torch.cuda.device_count()} GPUs")
+        raise LabError(
+            f"devices={count}, but this process sees {torch.cuda.device_count()} GPUs (the workers "
+            "of a grid share them out, and CUDA_VISIBLE_DEVICES names them)"
+        )
     row_start(lab, recipe.row, config)  # pruned and distilled once, before anybody asks for it
     end = folder / "end.json"
     end.unlink(missing_ok=True)

@@ -1,5 +1,9 @@
 """The exceptions that a user is meant to see."""
 
+from __future__ import annotations
+
+import os
+
 
 class LabError(ValueError):
     """Something the user can mend: one sentence that names the file, key or layer and the remedy.
@@ -11,3 +15,8 @@ class LabError(ValueError):
 
 class OutOfTime(Exception):
     """Training stopped at its deadline with a checkpoint; the same call goes on from there."""
+
+
+def deadline() -> float:
+    """When training is to stop (seconds since the epoch): the runner's ``OPENTRANS_DEADLINE``."""
+    return float(os.environ.get("OPENTRANS_DEADLINE", "inf"))

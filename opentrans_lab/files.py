@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .errors import LabError
 
+DATA_VARIABLES = ("OPENTRANS_DATA", "DETECTRON2_DATASETS")  # the second for benchmarks only
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -85,16 +86,28 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     return rows
 
 
-def find_root(key: str, given: str | Path | None, variables: tuple[str, ...], layout: str) -> Path:
-    """The folder that is ``given``, else the one that a variable names."""
-    sources = {"data_root": given} | {v: os.environ.get(v) for v in variables}
-    for source, value in sources.items():
-        if value:
-            if not Path(value).expanduser().is_dir():
-                raise LabError(f"{source}={value} is not a folder: {layout}")
-            return Path(value).expanduser()
-    others = " or ".join(variables)
-    raise LabError(f"dataset={key!r} needs data_root (or the variable {others}): {layout}")
+def named_root(key: str, given: str | Path | None) -> tuple[str, str]:
+    """The folder that is asked for a data set's, and what names it: ``data_root`` or a variable.
+
+    Both are "" where nothing does.
+    """
+    sources = {"data_root": given} | {v: os.environ.get(v) for v in _variables(key)}
+    return next(((str(value), source) for source, value in sources.items() if value), ("", ""))
+
+
+def _variables(key: str) -> tuple[str, ...]:
+    return DATA_VARIABLES[:1] if key == "folder" else DATA_VARIABLES
+
+
+def find_root(key: str, given: str | Path | None, layout: str) -> Path:
+    """The folder of a data set that :func:`named_root` tells."""
+    value, source = named_root(key, given)
+    if not value:
+        others = " or ".join(_variables(key))
+        raise LabError(f"dataset={key!r} needs data_root (or the variable {others}): {layout}")
+    if not Path(value).expanduser().is_dir():
+        raise LabError(f"{source}={value} is not a folder: {layout}")
+    return Path(value).expanduser()
 
 
 def find_pictures(text: str) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from ast import literal_eval
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ import papermill
 import yaml
 
 from .errors import LabError
-from .results import PROJECT
+from .files import named_root
+from .results import PROJECT, run_dir
 
 GRID_KEYS = {"runs", "defaults", "outermost"}
 ENTRY_KEYS = {"notebook", "parameters", "after_all"}
@@ -30,6 +32,16 @@ class Job(NamedTuple):
     after_all: bool = False
     """It reads the runs before it, so it starts when these have ended."""
 
+    @property
+    def full(self) -> dict:
+        """All parameters (see :func:`complete`)."""
+        return complete(self.notebook, self.parameters)
+
+    @property
+    def folder(self) -> Path:
+        """Where its run lives."""
+        return run_dir(self.notebook.stem, self.full)
+
 
 def defaults(notebook: Path | str) -> dict:
     """Names and default values of a notebook's ``parameters`` cell; empty where it has none.
@@ -41,6 +53,12 @@ def defaults(notebook: Path | str) -> dict:
     if not notebook.is_file():
         near = sorted(p.name for p in notebook.parent.glob("*.ipynb"))
         raise LabError(f"no notebook {notebook}" + (f"; there are: {', '.join(near)}" * bool(near)))
+    return dict(_defaults(notebook, notebook.stat().st_mtime_ns))
+
+
+@cache
+def _defaults(notebook: Path, changed: int) -> dict:
+    """Read once, as a grid asks for the same ones hundreds of times."""
     try:
         found = papermill.inspect_notebook(notebook)
     except (ValueError, KeyError) as error:
@@ -54,13 +72,20 @@ def defaults(notebook: Path | str) -> dict:
 def complete(notebook: Path | str, given: dict) -> dict:
     """All parameters of a notebook: its defaults, with ``given`` in the defaults' types.
 
+    An empty ``data_root`` becomes the folder that a variable names, since other data are another
+    run.
+
     Raises:
         LabError: an unknown name (with the valid ones) or a value of another type.
     """
     known = defaults(notebook)
     for name in given.keys() - known.keys():
         raise LabError(f"{Path(notebook).name} has no parameter {name!r}{_choices(name, known)}")
-    return known | {name: _typed(name, value, known[name]) for name, value in given.items()}
+    found = known | {name: _typed(name, value, known[name]) for name, value in given.items()}
+    if found.get("data_root") == "" and found.get("dataset", "scenes") != "scenes":
+        if named := named_root(found["dataset"], "")[0]:
+            found["data_root"] = str(Path(named).expanduser().resolve())
+    return found
 
 
 def _choices(name: str, known: dict) -> str:
@@ -119,8 +144,13 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
     if not isinstance(grid, dict) or not grid.get("runs") or grid.keys() - GRID_KEYS:
         raise LabError(f"{path} must hold `runs` and may hold `defaults` and `outermost`")
     shared = grid.get("defaults") or {}
-    if not isinstance(grid["runs"], list) or not isinstance(shared, dict):
-        raise LabError(f"{path}: `runs` must be a list and `defaults` a mapping of names to values")
+    outermost = grid.get("outermost") or ""
+    kinds = ((grid["runs"], list), (shared, dict), (outermost, str))
+    if not all(isinstance(value, kind) for value, kind in kinds):
+        raise LabError(
+            f"{path}: `runs` must be a list, `defaults` a mapping of names to values, and "
+            "`outermost` one name"
+        )
     jobs, used = [], set()
     for entry in grid["runs"]:
         entry = {"notebook": entry} if isinstance(entry, str) else entry
@@ -137,31 +167,42 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
             )
         if not isinstance(entry.get("parameters") or {}, dict):
             raise LabError(f"{path}: `parameters` of {entry['notebook']} must map names to values")
-        notebook = _find(str(entry["notebook"]), path)
+        notebook = find_notebook(str(entry["notebook"]), path)
         known = defaults(notebook)
         used |= known.keys() & shared.keys()
         given = {k: v for k, v in shared.items() if k in known} | (entry.get("parameters") or {})
+        if empty := [k for k, v in given.items() if v == []]:
+            raise LabError(f"{path}: {empty[0]!r} of {entry['notebook']} is a list without values")
         lists = [v if isinstance(v, list) else [v] for v in given.values()]
         for values in itertools.product(*lists):
             given_here = dict(zip(given, values, strict=True))
             jobs.append(Job(notebook, given_here, bool(entry.get("after_all"))))
     if unused := shared.keys() - used:
-        raise LabError(f"{path}: no notebook has the parameters {', '.join(sorted(unused))}")
-    if outermost := grid.get("outermost"):
+        raise LabError(
+            f"{path}: no notebook that it names has the parameters {', '.join(sorted(unused))}; "
+            "`defaults` do not reach the jobs of another grid"
+        )
+    if outermost:
         jobs = _regroup(jobs, outermost, path)
     return jobs
 
 
 def _regroup(jobs: list[Job], name: str, grid: Path) -> list[Job]:
     """``jobs`` with equal values of a parameter together, in the order in which these appear."""
-    values = [complete(*job[:2]).get(name) for job in jobs]
+    values = [job.full.get(name) for job in jobs]
     if all(value is None for value in values):
         raise LabError(f"{grid}: no notebook has the parameter {name!r} that is to be `outermost`")
     ranks = [(job.after_all, values.index(at)) for job, at in zip(jobs, values, strict=True)]
     return [job for _, job in sorted(zip(ranks, jobs, strict=True), key=lambda pair: pair[0])]
 
 
-def _find(name: str, grid: Path) -> Path:
+def find_notebook(name: str, grid: Path) -> Path:
+    """The notebook that a grid calls so.
+
+    Raises:
+        LabError: it is in none of the folders where it is looked for.
+    """
+    grid = grid.resolve()
     folders = (grid.parent, grid.parent.parent, PROJECT / "notebooks")
     candidates = [folder / f"{name}.ipynb" for folder in folders]
     found = next((p for p in candidates if p.is_file()), None)

@@ -13,10 +13,12 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 import nbformat
 import papermill
@@ -26,11 +28,14 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from .grids import Job, complete, defaults
+from .errors import LabError
+from .grids import Job, defaults
 from .page import run_page
-from .results import STAGE, Run, atomic_path, load, run_dir, run_key, runs_root
+from .results import STAGE, Run, atomic_path, load, run_key, runs_root
 
 ATTEMPTS = 2  # of a job that fails by no fault of the user's: machines hiccup
+ASIDE = "-old"
+OWN: set[Path] = set()  # folders in use by this process, whose jobs may run side by side
 
 
 @dataclass(frozen=True)
@@ -48,34 +53,61 @@ class RunResult:
     note: str = ""
 
 
-def run_job(job: Job, force_since: float | None = None, until: float | None = None) -> RunResult:
+def run_job(
+    job: Job,
+    force_since: float | None = None,
+    until: float | None = None,
+    gone: Callable[[], bool] = bool,
+) -> RunResult:
     """Run ``job`` unless it has finished before; what fails by itself is tried once more.
 
     Args:
         force_since: runs and cached stages older than this (seconds since the epoch) are redone.
         until: when training stops with a checkpoint (seconds since the epoch).
+        gone: whether nobody waits for the run any longer; asked every second, it ends the kernel.
 
     Raises:
         LabError: an unknown notebook or parameter.
     """
-    params = complete(*job[:2])
-    folder = run_dir(job.notebook.stem, params)
+    folder = job.folder
     if force_since is None and load(folder):
-        note = "the notebook has changed since: --force redoes it"
+        note = "the notebook has changed since; `opentrans-lab run --force` redoes it"
         return RunResult(job, folder, "finished before", note=note * _stale(job.notebook, folder))
     for _ in range(ATTEMPTS):
-        result = _attempt(job, params, folder, force_since, until)
+        result = _attempt(job, folder, force_since, until, gone)
         if result.status != "failed" or result.users:
             return result
     return replace(result, error=f"{result.error}\n  tried {ATTEMPTS} times; {_log(result)}")
 
 
 def _attempt(
-    job: Job, params: dict, folder: Path, force_since: float | None, until: float | None
+    job: Job,
+    folder: Path,
+    force_since: float | None,
+    until: float | None,
+    gone: Callable[[], bool],
 ) -> RunResult:
-    known = defaults(job.notebook)
-    changed = {key: value for key, value in params.items() if value != known[key]}
+    """``_run``, with whatever else goes wrong as a failed run: the other jobs go on."""
     begun = time.monotonic()
+    try:
+        result = _run(job, folder, force_since, until, gone)
+    except LabError as error:
+        result = RunResult(job, folder, "failed", error=str(error), users=True)
+    except Exception as error:  # a full disk, or our own mistake, which keeps its traceback
+        trace = "".join(traceback.format_exception(error)).splitlines()
+        result = RunResult(job, folder, "failed", error=_framed(job.notebook.name, trace))
+    return replace(result, wall_s=time.monotonic() - begun)
+
+
+def _run(
+    job: Job,
+    folder: Path,
+    force_since: float | None,
+    until: float | None,
+    gone: Callable[[], bool],
+) -> RunResult:
+    params, known = job.full, defaults(job.notebook)
+    changed = {key: value for key, value in params.items() if value != known[key]}
     with _staged(folder) as stage:
         run = Run(job.notebook.stem, params, stage)
         told = {STAGE: str(stage), "OPENTRANS_RUNS": str(runs_root())}
@@ -83,23 +115,24 @@ def _attempt(
             told["OPENTRANS_FORCE"] = str(force_since)  # stages older than this are made anew
         if until is not None:
             told["OPENTRANS_DEADLINE"] = str(until)
-        error, kind = _execute(job.notebook, stage / "executed.ipynb", changed, told)
+        kernels = _kernels(told, gone)
+        error, kind = _execute(job.notebook, stage / "executed.ipynb", changed, kernels)
         if not error:
             if load(stage) is None:
                 run.save({})  # a notebook without numbers, such as the index
             error = _wrong_record(job.notebook, load(stage), params)
-        wall, users = time.monotonic() - begun, kind == "LabError"
-        if kind == "OutOfTime":
-            return RunResult(job, folder, "out of time", wall, note=error)
+        users = kind == "LabError"
+        if kind == "OutOfTime" or (error and gone()):
+            return RunResult(job, folder, "out of time", note=error)
         if error:
             if not users and (stage / "executed.ipynb").exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 os.replace(stage / "executed.ipynb", folder / "failed.ipynb")
-            return RunResult(job, folder, "failed", wall, error, users)
+            return RunResult(job, folder, "failed", error=error, users=users)
         with atomic_path(stage / "report.html") as page:
             page.write_text(run_page(stage, load(stage)), encoding="utf-8")
         _publish(stage, folder, force_since is not None)
-    return RunResult(job, folder, "ok", wall)
+    return RunResult(job, folder, "ok")
 
 
 def _log(result: RunResult) -> str:
@@ -134,11 +167,12 @@ def _wrong_record(notebook: Path, record: dict, params: dict) -> str:
     )
 
 
-def _kernels(told: dict[str, str]) -> type[AsyncKernelManager]:
+def _kernels(told: dict[str, str], gone: Callable[[], bool]) -> type[AsyncKernelManager]:
     """Kernels of this very interpreter, whatever kernels are registered on the machine.
 
     Args:
         told: environment variables that they get beside this process's.
+        gone: whether they are to end now.
     """
 
     class ThisPython(AsyncKernelManager):
@@ -150,10 +184,17 @@ def _kernels(told: dict[str, str]) -> type[AsyncKernelManager]:
             command = get_kernel_dict(["--log-level=CRITICAL"])
             return KernelSpec(resource_dir=RESOURCES, **command | {"env": told})
 
+        async def _async_is_alive(self) -> bool:  # nbclient asks every second
+            if gone() and self.has_kernel:
+                await self.provisioner.kill()
+            return await super()._async_is_alive()
+
     return ThisPython
 
 
-def _execute(notebook: Path, output: Path, changed: dict, told: dict[str, str]) -> tuple[str, str]:
+def _execute(
+    notebook: Path, output: Path, changed: dict, kernels: type[AsyncKernelManager]
+) -> tuple[str, str]:
     """Run the cells; returns what went wrong in words and its kind, both "" for nothing.
 
     ``LabError`` is for the user to mend and ``OutOfTime`` no error; anything else is a bug.
@@ -165,7 +206,7 @@ def _execute(notebook: Path, output: Path, changed: dict, told: dict[str, str]) 
             changed,
             kernel_name="python3",
             language="python",
-            kernel_manager_class=_kernels(told),
+            kernel_manager_class=kernels,
             progress_bar=sys.stderr.isatty(),
         )
     except PapermillExecutionError as error:
@@ -175,33 +216,50 @@ def _execute(notebook: Path, output: Path, changed: dict, told: dict[str, str]) 
         at = next((i for i, c in enumerate(cells, 1) if c.source == error.source), "?")
         trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).strip().splitlines()
         where = f"{notebook.name}, cell {at} (In [{error.exec_count}]): {error.ename}"
-        return "\n  | ".join([where, *trace[-14:]]), error.ename
+        return _framed(where, trace), error.ename
     except DeadKernelError as error:
         return f"{notebook.name}: its kernel died, perhaps for want of memory ({error})", "dead"
+    except RuntimeError as error:  # nbclient's, of a kernel that died or said nothing at its start
+        return f"{notebook.name}: no kernel could be started ({error})", "dead"
     return "", ""
+
+
+def _framed(where: str, trace: list[str]) -> str:
+    """The end of a traceback under a line that says whose it is."""
+    return "\n  | ".join([where, *trace[-14:]])
 
 
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
     """A folder beside ``folder`` where the kernel writes; removed at the end.
 
-    Stages that killed runners of this machine have left are removed too.
+    Stages that killed runners of this machine have left are removed too, and an older run that one
+    of them had just put aside comes back.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}@{socket.gethostname()}@"
     for left in folder.parent.glob(f"{prefix}*"):
-        if not _alive(int(left.name.removeprefix(prefix).partition("-")[0])):
+        if left not in OWN and not _alive(int(left.name.removeprefix(prefix).partition("-")[0])):
+            if left.name.endswith(ASIDE) and not folder.exists():
+                os.rename(left, folder)
             shutil.rmtree(left, ignore_errors=True)
-    stage = folder.with_name(f"{prefix}{os.getpid()}")
-    stage.mkdir(parents=True)
+    stage = folder.with_name(f"{prefix}{os.getpid()}-{uuid4().hex[:8]}")
+    OWN.add(stage)
+    stage.mkdir()
     try:
         yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        OWN.discard(stage)
         with suppress(OSError):
             folder.parent.rmdir()  # where nothing came of it
 
 
 def _alive(pid: int) -> bool:
+    """Whether another process has this number; what bore ours before us, in a container that was
+    started again, is dead."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -215,13 +273,19 @@ def _publish(stage: Path, folder: Path, force: bool) -> None:
     """Make ``stage`` the run's folder. Where another runner was faster, its run stays."""
     if load(folder) and not force:
         return
-    aside = stage.with_name(f"{stage.name}-old")
-    if folder.exists():
-        os.rename(folder, aside)
+    aside = stage.with_name(f"{stage.name}{ASIDE}")
+    OWN.add(aside)
     try:
-        os.rename(stage, folder)
-    except OSError:
-        if load(folder) is None:
-            raise
+        if folder.exists():
+            os.rename(folder, aside)
+        try:
+            os.rename(stage, folder)
+        except OSError:
+            if aside.exists() and not folder.exists():
+                os.rename(aside, folder)
+                raise
+            if load(folder) is None:
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        OWN.discard(aside)

@@ -6,19 +6,20 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from .backbone import Backbone, load_backbone, mini_folder
 from .data import load_dataset
-from .errors import LabError
-from .files import entries
+from .errors import LabError, OutOfTime, deadline
+from .files import entries, named_root
 from .results import atomic_path, run_key, runs_root
 
 
@@ -65,11 +66,7 @@ class Lab:
         """The folder that a data set on disk is read from."""
         if self.dataset == "scenes":
             return ""
-        named = [
-            self.data_root,
-            *(os.environ.get(v) for v in ("OPENTRANS_DATA", "DETECTRON2_DATASETS")),
-        ]
-        return str(Path(next(filter(None, named), "")).expanduser().resolve())
+        return str(Path(named_root(self.dataset, self.data_root)[0]).expanduser().resolve())
 
     def load(self) -> Backbone:
         """A fresh dense CLIP backbone."""
@@ -111,16 +108,39 @@ def stage_folder(stage: str, params: dict) -> Path:
     return runs_root() / "stages" / stage / run_key(params)
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other process makes this stage.
+
+    Raises:
+        OutOfTime: the deadline has come while another one does.
+    """
+    lock, told = FileLock(folder.parent / f".{folder.name}.lock"), False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            if not told:
+                print(f"waiting for {folder}, which another process makes …", flush=True)
+            told = True
+            if time.time() > deadline():
+                raise OutOfTime(f"another process still makes {folder}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path, dict]:
     """``work(folder)``'s result, computed unless this stage has it; returns (folder, result).
 
-    Processes that want the same stage wait for the first. The runner's ``--force`` sets
+    Processes that want the same stage wait for the first, and say so. The runner's ``--force`` sets
     ``OPENTRANS_FORCE`` to its own start (seconds since the epoch): older results are made anew.
     """
     folder = stage_folder(stage, params)
     done = folder / "result.json"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with _alone(folder):
         since = float(os.environ.get("OPENTRANS_FORCE", 0))
         made = [done] if done.exists() else [p for p in folder.rglob("*") if p.is_file()]
         if made and max(path.stat().st_mtime for path in made) < since:

@@ -37,7 +37,7 @@ class CocoPanoptic(FileDataset):
     ) -> None:
         check_split(split, ("train", "val"), "coco")
         layout = self.LAYOUT.format(split=split)
-        root = find_root("coco", data_root, ("OPENTRANS_DATA", "DETECTRON2_DATASETS"), layout)
+        root = find_root("coco", data_root, layout)
         root = root if (root / "annotations").is_dir() else root / "coco"
         folder = f"panoptic_{split}2017"
         index = root / "annotations" / f"{folder}.json"
@@ -163,7 +163,7 @@ class Folder(LabelFiles):
     def __init__(
         self, split: str, data_root: str | Path | None, size: int | None, limit: int | None
     ) -> None:
-        root = find_root("folder", data_root, ("OPENTRANS_DATA",), self.LAYOUT)
+        root = find_root("folder", data_root, self.LAYOUT)
         if not (root / "images").is_dir():
             raise LabError(f"{root / 'images'} is missing: {self.LAYOUT}")
         folders = entries(root / "images")

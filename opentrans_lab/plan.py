@@ -23,10 +23,10 @@ from .counter import meta_backbone, meta_framework, trace
 from .errors import LabError
 from .experiment import Recipe, framework_options, segment_params
 from .frameworks import build
-from .grids import Job, complete
+from .grids import Job
 from .lab import Lab, stage_folder
 from .prune import PruneConfig
-from .results import load, run_dir, runs_root
+from .results import load, runs_root
 from .speed import step_costs
 from .stages import distill_params, prune_params
 from .transfer import TRAINED
@@ -126,7 +126,7 @@ def work_of(job: Job) -> list[Work]:
     Raises:
         LabError: unknown parameter or impossible value, as the notebook itself would say.
     """
-    params = complete(*job[:2])
+    params = job.full
     lab = _made(Lab, params)
     own = {"steps": "prune_steps", "batch_size": "prune_batch_size", "lr": "prune_lr"}
     config = _made(PruneConfig, params | {k: params.get(v) for k, v in own.items()})
@@ -185,7 +185,7 @@ def plan(jobs: Sequence[Job], macs_per_second: float) -> pd.DataFrame:
     seen, rows = set(), []
     for job in jobs:
         about = {"notebook": job.notebook.stem, "parameters": dict(job.parameters)}
-        done = load(run_dir(job.notebook.stem, complete(*job[:2])))
+        done = load(job.folder)
         new = {} if done else {w.folder: w for w in work_of(job) if not w.finished}
         left = [work for folder, work in new.items() if folder not in seen]
         seen |= new.keys()

@@ -36,8 +36,13 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
     Readers see the old file or the new one, never a part. The suffix is kept, as writers look at
     it; folders are made.
+
+    Raises:
+        LabError: ``path`` is a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise LabError(f"{path} is a folder; name a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{os.getpid()}-{time.monotonic_ns()}-{path.name}")
     try:

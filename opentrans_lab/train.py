@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .device import bf16_pays, pick, seed_everything
-from .errors import LabError, OutOfTime
+from .errors import LabError, OutOfTime, deadline
 from .masks import Mask
 from .processes import average, picture_seeds
 
@@ -137,7 +137,7 @@ def fit(
         accelerator.load_state(str(last))
         rows = json.loads((last / "history.json").read_text())
     bf16 = _use_bf16(config.precision, accelerator.device)
-    until = float(os.environ.get("OPENTRANS_DEADLINE", "inf"))  # seconds since the epoch
+    until = deadline()
 
     # --- fit
     bar = tqdm(total=config.steps, initial=start, desc=title, unit="step", leave=False,

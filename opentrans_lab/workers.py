@@ -1,7 +1,8 @@
 """Jobs on the workers of dask.distributed: of this machine, or of a cluster's scheduler.
 
 Our own scheduler listens on the loopback only, under TLS with keys that live as long as it does:
-who can talk to a scheduler can run code.
+who can talk to a scheduler can run code. On a scheduler of someone else's, workers should have one
+thread each, since a job sets its process's folder and variables.
 """
 
 from __future__ import annotations
@@ -12,26 +13,36 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Empty, Queue
+from uuid import uuid4
 
 import dask
 from distributed import (
     Client,
+    Future,
     KilledWorker,
     Nanny,
     Scheduler,
     Security,
     SpecCluster,
-    as_completed,
+    Worker,
     get_worker,
 )
+from tqdm.auto import tqdm
 
 from .errors import LabError
-from .grids import Job, complete
+from .files import DATA_VARIABLES
+from .grids import Job
 from .job import RunResult, run_job
-from .results import run_dir, runs_root
+from .results import runs_root
 
 LOOPBACK = "127.0.0.1"
-TOPIC = "opentrans-lab"
+OURS = {  # of the scheduler that we start
+    "distributed.scheduler.allowed-failures": 1,  # a job whose worker dies is run once more
+    "distributed.scheduler.http.routes": [],  # its pages would be in clear, for all users
+    "distributed.worker.http.routes": [],
+}
+POLL = 2  # seconds between looks for workers that have joined
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 Started = Callable[[int, str], None]
 Ended = Callable[[int, RunResult], None]
@@ -46,9 +57,10 @@ def run_on_workers(
     started: Started,
     ended: Ended,
 ) -> None:
-    """Run ``jobs`` in their order, as many at a time as there are workers.
+    """Run ``jobs`` in their order, as many at a time as there are workers, whenever they join.
 
     A job whose worker dies is run once more, by another; what has finished lies on disk already.
+    When this process ends before its jobs, so do their kernels.
 
     Args:
         since, until: as for ``job.run_job``.
@@ -57,56 +69,88 @@ def run_on_workers(
     Raises:
         LabError: no scheduler answers at the address.
     """
-    waiting = dict(jobs)
+    waiting, running = dict(jobs), {}
+    topic = f"opentrans-lab-{uuid4()}"  # another grid may run on the same scheduler
+    ends: Queue[Future] = Queue()
+    told = {k: v for k, v in os.environ.items() if _told(k)} | {"OPENTRANS_RUNS": str(runs_root())}
+
     with _client(workers, scheduler) as client:
-        client.subscribe_topic(TOPIC, lambda event: started(*event[1]))
-        running = as_completed(with_results=True, raise_errors=False)
-        keys = {}
+        client.subscribe_topic(topic, lambda event: started(*event[1]))
 
         def fill() -> None:
-            slots = max(1, sum(client.nthreads().values()))
-            while waiting and running.count() < slots:
+            slots = sum(client.nthreads().values())
+            while waiting and len(running) < slots:
                 i, job = next(iter(waiting.items()))
-                if (job.after_all and running.count()) or (until and time.time() >= until):
+                if (job.after_all and running) or late():
                     return
                 del waiting[i]
-                what = (i, _absolute(job), since, until, os.getcwd(), str(runs_root()))
-                future = client.submit(_work, *what, pure=False)
-                keys[future.key] = i
-                running.add(future)
+                future = client.submit(
+                    _work, topic, i, _absolute(job), since, until, os.getcwd(), told, pure=False
+                )
+                running[future] = i
+                future.add_done_callback(ends.put)
 
-        fill()
-        for future, result in running:
-            i = keys[future.key]
-            ended(i, result if future.status == "finished" else _lost(jobs[i], result))
-            future.release()  # or dask would run it again if its worker died later
+        def late() -> bool:
+            return until is not None and time.time() >= until
+
+        if not client.nthreads():
+            tqdm.write(f"waiting for a worker at {client.scheduler.address} …")
+        while running or (waiting and not late()):
             fill()
+            try:
+                future = ends.get(timeout=POLL)
+            except Empty:
+                continue
+            i = running.pop(future)
+            fine = future.status == "finished"
+            ended(i, future.result() if fine else _lost(jobs[i], future.exception()))
+            future.release()  # or dask would run it again if its worker died later
+
+
+def _told(variable: str) -> bool:
+    """Whether workers are to have this variable as it is here, or not at all where it is not."""
+    return variable.startswith("OPENTRANS_") or variable in DATA_VARIABLES
 
 
 def _work(
-    i: int, job: Job, since: float | None, until: float | None, cwd: str, runs: str
+    topic: str,
+    i: int,
+    job: Job,
+    since: float | None,
+    until: float | None,
+    cwd: str,
+    told: dict[str, str],
 ) -> RunResult:
-    """In the worker: the job, where the caller would have run it."""
+    """In the worker: the job, as the caller would have run it."""
     worker = get_worker()
-    worker.log_event(TOPIC, (i, f" on worker {worker.name}"))
-    os.environ["OPENTRANS_RUNS"] = runs
+    key = worker.get_current_task()
+    worker.log_event(topic, (i, f" on worker {worker.name}"))
+    for name in filter(_told, [*os.environ]):
+        os.environ.pop(name)
+    os.environ.update(told)
     os.chdir(cwd)
-    return run_job(job, since, until)
+    return run_job(job, since, until, lambda: _cancelled(worker, key))
+
+
+def _cancelled(worker: Worker, key: str) -> bool:
+    """Whether nobody waits for a task that is being run: its client has ended or was lost."""
+    task = worker.state.tasks.get(key)
+    return task is None or task.state != "executing"
 
 
 def _absolute(job: Job) -> Job:
     return job._replace(notebook=Path(job.notebook).resolve())
 
 
-def _lost(job: Job, error: BaseException | tuple) -> RunResult:
+def _lost(job: Job, error: BaseException) -> RunResult:
     """A job whose worker died each time, or which the runner itself could not run."""
-    error = error[1] if isinstance(error, tuple) else error
-    folder = run_dir(job.notebook.stem, complete(*job[:2]))
     if isinstance(error, KilledWorker):
-        said = f"{job.notebook.name}: its worker died twice, perhaps for want of memory"
+        times = error.allowed_failures + 1
+        said = f"its worker died {times} times, perhaps for want of memory"
     else:
-        said = f"{job.notebook.name}: {type(error).__name__}: {error}"
-    return RunResult(job, folder, "failed", error=said, users=isinstance(error, LabError))
+        said = f"{type(error).__name__}: {error}"
+    users = isinstance(error, LabError)
+    return RunResult(job, job.folder, "failed", error=f"{job.notebook.name}: {said}", users=users)
 
 
 @contextmanager
@@ -119,7 +163,7 @@ def _client(workers: int, scheduler: str) -> Iterator[Client]:
         with client:
             yield client
         return
-    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
+    with dask.config.set(OURS):
         security = Security.temporary()
         cluster = SpecCluster(
             scheduler={

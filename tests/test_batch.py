@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -97,8 +99,10 @@ def test_grid_multiplies_lists_and_keeps_the_order(tiny, tmp_path, write_noteboo
         ("runs: [{parameters: [1]}]", "must hold `notebook`"),
         ("runs: [{notebook: 01_tiny, parameters: [1]}]", "must map names to values"),
         ("runs: [01_tiny]\noutermost: sede", "no notebook has the parameter 'sede'"),
+        ("runs: [01_tiny]\noutermost: [seed]", "`outermost` one name"),
+        ("runs: [{notebook: 01_tiny, parameters: {seed: []}}]", "'seed' of 01_tiny is a list with"),
         ("runs: [09_none]", "no notebook '09_none'"),
-        ("defaults: {sede: 1}\nruns: [01_tiny]", "no notebook has the parameters sede"),
+        ("defaults: {sede: 1}\nruns: [01_tiny]", "no notebook that it names has the .* sede"),
     ],
 )
 def test_faulty_grid_is_explained(tiny, tmp_path, text, match):
@@ -210,6 +214,89 @@ def test_two_runners_and_a_killed_one_leave_one_whole_run(tmp_path, runs, write_
     assert [p.returncode for p in both] == [0, 0] and "ok" in said
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert {p.name for p in folder.iterdir()} == {"executed.ipynb", "report.html", "metrics.json"}
+
+
+def test_a_kernel_that_cannot_start_is_tried_again_and_the_others_go_on(
+    tiny, tmp_path, runs, write_notebook, monkeypatch
+):
+    """One that exits at once, the first time or every time."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nfrom pathlib import Path\n"
+        "if any('ipykernel_launcher' in a for a in sys.orig_argv):\n"
+        f"    tries = Path({str(tmp_path)!r}, 'tries')\n"
+        "    with tries.open('a') as file: file.write('x')\n"
+        "    if tries.stat().st_size <= int(os.environ['FAILS']): os._exit(1)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("FAILS", "3")
+    never, later = run_grid([Job(tiny, {}), Job(tiny, {"seed": 1})])
+    assert (tmp_path / "tries").read_text() == "xxxx"
+    assert never.status == "failed" and "no kernel could be started" in never.error
+    assert "tried 2 times" in never.error and later.status == "ok"
+    assert not (never.folder / "metrics.json").exists()
+
+
+def test_equal_jobs_are_one(tiny, runs):
+    (result,) = run_grid([Job(tiny, {}), Job(tiny, {"seed": "0"}), Job(tiny, {}, True)])
+    assert result.status == "ok"
+
+
+def test_other_data_are_another_run(tmp_path, runs, write_notebook, monkeypatch):
+    named = "data_root = ''\ndataset = 'coco'"
+    setup = (
+        "from opentrans_lab.results import Run\n"
+        'run = Run("{stem}", dict(data_root=data_root, dataset=dataset))'
+    )
+    path = write_notebook(
+        tmp_path / "01_data.ipynb", "run.save({})", parameters=named, setup=setup
+    )
+    folders = {}
+    for root in ("a", "b"):
+        monkeypatch.setenv("OPENTRANS_DATA", str(tmp_path / root))
+        result = run_notebook(path)
+        assert result.status == "ok", result.error
+        record = json.loads((result.folder / "metrics.json").read_text())
+        folders[record["parameters"]["data_root"]] = result.folder
+    assert folders.keys() == {str(tmp_path / "a"), str(tmp_path / "b")}
+    assert run_notebook(path).status == "finished before"
+    assert run_notebook(path, {"data_root": str(tmp_path / "a")}).status == "finished before"
+    assert complete(path, {"dataset": "scenes"})["data_root"] == ""
+    monkeypatch.delenv("OPENTRANS_DATA")
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/d")
+    assert complete(path, {})["data_root"] == "/d"
+    assert complete(path, {"dataset": "folder"})["data_root"] == ""
+
+
+def test_a_stage_of_a_runner_that_had_our_number_is_in_nobodys_way(tiny, runs):
+    """As in a container that was killed and started again with the same host name."""
+    folder = Job(tiny, {}).folder
+    left = folder.with_name(f".{folder.name}@{socket.gethostname()}@{os.getpid()}-0123")
+    left.mkdir(parents=True)
+    assert run_notebook(tiny).status == "ok"
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_the_old_run_stays_until_the_new_one_is_there(tiny, runs, monkeypatch):
+    """Also where the last rename fails, or the runner dies between two of them."""
+    old = run_notebook(tiny).folder
+    record = (old / "metrics.json").read_text()
+    rename = os.rename
+
+    def full(source, target):
+        if target == old and not str(source).endswith("-old"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", full)
+        result = run_notebook(tiny, force=True)
+    assert result.status == "failed" and "No space left on device" in result.error
+    assert (old / "metrics.json").read_text() == record
+    gone = 2**22 + 1  # more than any process's number
+    rename(old, old.with_name(f".{old.name}@{socket.gethostname()}@{gone}-0123-old"))
+    assert run_notebook(tiny).status in ("ok", "finished before")
+    assert (old / "metrics.json").read_text() == record
+    assert [p.name for p in old.parent.iterdir()] == [old.name]
 
 
 def test_kernel_is_this_python_whatever_is_registered(tmp_path, runs, write_notebook, monkeypatch):

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from opentrans_lab.batch import run_grid
 from opentrans_lab.campaign import campaign, missing_first, outlook
 from opentrans_lab.errors import LabError
-from opentrans_lab.grids import complete, load_grid
+from opentrans_lab.frameworks import FRAMEWORKS
+from opentrans_lab.grids import Job, complete, load_grid
+from opentrans_lab.prune import TERMS
 from opentrans_lab.results import PROJECT, Run, publish, results_root, run_dir
+from opentrans_lab.transfer import ROWS
 
 GRID = """
 runs:
@@ -22,6 +28,8 @@ runs:
 @pytest.fixture
 def grid(tmp_path, runs, write_notebook):
     write_notebook(tmp_path / "01_tiny.ipynb", "run.save({'value': seed})")
+    reads = "from opentrans_lab.results import collect\nrun.save({'seen': len(collect('01_tiny'))})"
+    write_notebook(tmp_path / "05_paper_tables.ipynb", reads)
     (tmp_path / "grids").mkdir()
     (tmp_path / "grids" / "g.yaml").write_text(GRID)
     return tmp_path / "grids" / "g.yaml"
@@ -55,12 +63,16 @@ def test_published_seeds_count_and_run_again_only_at_the_end(grid, runs):
 
 
 def test_slices_finish_the_grid_and_publish_each_run_under_its_revision(
-    grid, runs, tmp_path, capsys
+    grid, runs, tmp_path, capsys, monkeypatch
 ):
     done, page = campaign(grid, 0)
-    assert {r.status for r in done} == {"out of time"} and page.is_file()
-    assert not results_root().exists()
-    campaign(grid, 10)
+    assert [r.status for r in done] == ["out of time"] * 6 + ["ok"] and page.is_file()
+    assert not list(results_root().glob("*/01_tiny"))
+    monkeypatch.chdir(grid.parent)
+    campaign(Path(grid.name), 10)  # from its own folder
+    tables = json.loads((Job(grid.parents[1] / "05_paper_tables.ipynb", {}).folder / "metrics.json")
+                        .read_text())  # fmt: skip
+    assert tables["metrics"] == {"seen": 6}, "made anew after the runs"
     said = capsys.readouterr().out
     assert "0 of 6 runs finished" in said and "6 of 6 runs finished" in said
     (revision,) = results_root().iterdir()
@@ -71,7 +83,7 @@ def test_slices_finish_the_grid_and_publish_each_run_under_its_revision(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENTRANS_RUNS", str(moved))
         again, _ = campaign(grid, 10)
-    assert {r.status for r in again} == {"finished before"}
+    assert [r.status for r in again] == ["finished before"] * 6 + ["ok"]
 
 
 def test_the_outlook_is_the_plan_at_the_speed_so_far(tmp_path, runs):
@@ -88,7 +100,7 @@ def test_the_outlook_is_the_plan_at_the_speed_so_far(tmp_path, runs):
     jobs = load_grid(folder / "g.yaml")
     assert "can be told after the first" in outlook(jobs)
     (folder / "one.yaml").write_text(text.replace("[0, 1]", "0"))
-    (first,), _ = campaign(folder / "one.yaml", 10)
+    (first,) = run_grid(load_grid(folder / "one.yaml"))
     assert first.status == "ok", first.error
     said = outlook(jobs)
     assert "1 of 2 runs finished, about " in said and "of one device are left" in said
@@ -112,3 +124,7 @@ def test_the_campaign_holds_every_framework_row_and_setting():
     jobs = load_grid(grids / "campaign.yaml")
     parts = ("table1", "table2", "table4", "regimes", "frozen", "ablation")
     assert all(job in jobs for part in parts for job in load_grid(grids / f"{part}.yaml"))
+    given = pd.DataFrame([job.full for job in jobs])
+    for name, needed in {"framework": FRAMEWORKS, "terms": TERMS, "rows": ROWS}.items():
+        found = {word for text in given[name].dropna() for word in text.split()}
+        assert found == {*needed}, name

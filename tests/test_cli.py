@@ -23,6 +23,7 @@ def lab(runs, tmp_path, write_notebook):
     write_notebook(tmp_path / "01_tiny.ipynb", SAVE)
     write_notebook(tmp_path / "02_user.ipynb", USERS)
     write_notebook(tmp_path / "03_bad.ipynb", "1 / 0")
+    (tmp_path / "one.yaml").write_text("runs: [01_tiny]")
 
     def run(*args: str) -> subprocess.CompletedProcess:
         return subprocess.run([*COMMAND, *args], capture_output=True, text=True, cwd=tmp_path)
@@ -50,6 +51,10 @@ def test_run_with_parameters_and_report(lab, runs):
         (("run", "none.yaml", "-p", "a", "1"), "-p goes with a notebook"),
         (("run", "02_user.ipynb"), "no folder /x; name another"),
         (("campaign", "--grid", "none.yaml"), "no grid none.yaml"),
+        (("campaign", "--grid", "one.yaml", "--minutes", "nan"), "nan minutes must be 0 or more"),
+        (("plan", "one.yaml", "--images-per-second", "nan"), "must be a number above 0"),
+        (("run", "one.yaml", "--workers", "2", "--scheduler", "tcp://x:1"), "leave --workers out"),
+        (("data", "check", "nope"), "nope"),
     ],
 )
 def test_users_mistake_is_one_line_and_exit_code_2(lab, runs, args, sentence):

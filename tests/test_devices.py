@@ -85,6 +85,8 @@ def test_what_cannot_be_shared_is_refused(root):
     root("none")
     with pytest.raises(LabError, match="batch_size=4 cannot be shared by devices=3"):
         segment_stage(replace(LAB, devices=3), RECIPE, PRUNING)
+    with pytest.raises(LabError, match="leaves one picture to each of devices=2"):
+        segment_stage(replace(LAB, devices=2), replace(RECIPE, batch_size=2, norm="train"), PRUNING)
     with pytest.raises(LabError, match="devices=0"):
         replace(LAB, devices=0)
 

@@ -249,7 +249,7 @@ def test_two_frameworks_own_pictures_and_own_words_through_the_notebook(runs, tm
     files = {path.name for path in done.folder.iterdir()}
     assert {"overlays.png", "panoptic.png"} <= files and not {"failures.png", "classes.csv"} & files
 
-    done = run_notebook(NOTEBOOK, TINY | {"images": 2})  # the models are there by now
+    done = run_notebook(NOTEBOOK, TINY | {"shown": 2})  # the models are there by now
     assert done.status == "ok", done.error
     right = load(done.folder)["metrics"]["pixels_right"]
     assert set(right) == {"deeplabv3", "fcclip"} and set(right["fcclip"]) == {"dense", "ours"}

@@ -148,7 +148,19 @@ def test_a_given_or_a_measured_speed(runs, tmp_path, capsys):
     assert end.value.code == 2
 
 
-def test_what_cannot_be_planned_says_so():
+def test_notebooks_share_their_stages():
+    """What 06 shows is what 03 has trained, and the first mask of 02 is theirs, too."""
+    stages = {
+        name: [work.folder for work in work_of(job(name))]
+        for name in ("02_prune_imp", "03_transfer", "06_qualitative")
+    }
+    assert len(stages["06_qualitative"]) > 3
+    assert {*stages["06_qualitative"]} <= {*stages["03_transfer"]}
+    assert stages["02_prune_imp"][0] in stages["03_transfer"]
+    assert stages["02_prune_imp"][1] not in stages["03_transfer"], "of another seed"
+
+
+def test_what_cannot_be_planned_says_so(runs):
     with pytest.raises(LabError, match="no notebook of this grid trains anything"):
         reference([job("01_esd_and_alpha")])
     pruning = [job("02_prune_imp")]

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +94,24 @@ def test_forced_work_is_done_again(monkeypatch):
     assert calls == [1, 3] and result == {"n": 3}
     cached("toy", params, lambda folder: calls.append(4) or {"n": 4})
     assert calls == [1, 3]
+
+
+def test_who_waits_for_a_stage_says_so_and_stops_at_the_deadline(monkeypatch, capsys):
+    """The other process is real, and holds the stage for some seconds."""
+    code = (
+        "import time; from opentrans_lab.lab import cached\n"
+        "def work(folder): print('begun', flush=True); time.sleep(6); return {'n': 1}\n"
+        "cached('slow', {'a': 1}, work)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "begun\n"
+    with monkeypatch.context() as patch:
+        patch.setenv("OPENTRANS_DEADLINE", str(time.time() + 1))
+        with pytest.raises(OutOfTime, match="another process still makes .*slow"):
+            cached("slow", {"a": 1}, lambda folder: {"n": 2})
+    assert cached("slow", {"a": 1}, lambda folder: {"n": 2})[1] == {"n": 1}
+    assert capsys.readouterr().out.count("which another process makes") == 2
+    assert other.wait(timeout=60) == 0
 
 
 def test_selection_freezes_the_half_it_names():
@@ -205,7 +225,7 @@ def test_real_photographs_through_the_notebooks():
     assert transfer.status == "ok", transfer.error
     table = pd.read_csv(transfer.folder / "transfer.csv")
     assert table["seen"].between(0, 100).all() and table["unseen"].isna().all()
-    shown = run_notebook(NOTEBOOKS / "06_qualitative.ipynb", tiny | {"images": 3})
+    shown = run_notebook(NOTEBOOKS / "06_qualitative.ipynb", tiny | {"shown": 3})
     assert shown.status == "ok", shown.error
     assert (shown.folder / "overlays.png").stat().st_size > 10_000
 

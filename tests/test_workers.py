@@ -9,7 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from http.client import HTTPException
 from ipaddress import ip_address
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -60,6 +63,17 @@ def wait_for(condition, seconds=120):
     raise AssertionError("it did not happen")
 
 
+def answers_in_clear(port):
+    """Whether a page of dask's is to be had without its key."""
+    for page in ("info/main/workers.html", "json/identity.json", "metrics", "status"):
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/{page}", timeout=5) as answer:
+                return answer.status == 200
+        except (OSError, HTTPException):
+            continue
+    return False
+
+
 def workers_of(process):
     """The worker processes under their nannies: those that hold kernels."""
     parents = [p.parent() for p in psutil.Process(process.pid).children(recursive=True)
@@ -95,7 +109,7 @@ def test_two_workers_give_what_one_gives(
     assert "on worker" in said and "4 run now" in said
     again = run_grid(jobs, workers=2)
     assert [r.status for r in again] == ["finished before"] * 4
-    assert os.getcwd() and "OPENTRANS_STAGE" not in os.environ
+    assert "OPENTRANS_STAGE" not in os.environ
 
 
 def test_a_killed_worker_loses_no_finished_run(tmp_path, runs, write_notebook):
@@ -115,6 +129,7 @@ def test_a_killed_worker_loses_no_finished_run(tmp_path, runs, write_notebook):
         if c.status == psutil.CONN_LISTEN
     ]
     assert listening and all(ip_address(a.ip).is_loopback for a in listening)
+    assert not any(answers_in_clear(a.port) for a in {*listening})
     os.kill(workers[0].pid, signal.SIGKILL)
     time.sleep(1)
     (runs / "go").touch()
@@ -170,7 +185,7 @@ def test_failures_are_tried_once_more_and_then_reported(tmp_path, runs, write_no
     assert [tries.count(str(s)) for s in range(4)] == [1, 2, 2, 2]
     assert [r.status for r in results] == ["failed", "ok", "failed", "failed"]
     assert [r.users for r in results] == [True, False, False, False]
-    assert "worker died twice" in results[3].error
+    assert "worker died 2 times" in results[3].error
     assert "01_tiny.ipynb, cell 5 (In [5]): RuntimeError" in results[2].error
     assert "tried 2 times" in results[2].error
     log = results[2].folder / "failed.ipynb"
@@ -178,29 +193,94 @@ def test_failures_are_tried_once_more_and_then_reported(tmp_path, runs, write_no
     assert "3 failed" in capsys.readouterr().out
 
 
-def test_the_same_command_on_a_scheduler_of_someone_elses(tmp_path, runs, write_notebook):
-    tiny = write_notebook(tmp_path / "01_tiny.ipynb", SAVE)
+@pytest.fixture
+def cluster():
+    """A scheduler of someone else's: its address, and a function that adds a worker to it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
-    host, port = address.removeprefix("tcp://").split(":")
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    scheduler = subprocess.Popen([*dask, "--host", host, "--port", port, "--no-dashboard"], **quiet)
-    worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1",
-              "--host", host, "--no-dashboard"]  # fmt: skip
-    workers = [subprocess.Popen(worker, cwd="/", **quiet) for _ in range(2)]
-    try:
-        results = run_grid([Job(tiny, {"seed": s}) for s in (0, 1)], scheduler=address)
-        assert [r.status for r in results] == ["ok", "ok"], [r.error for r in results]
-        assert len(finished(runs)) == 2
-    finally:
-        for process in (*workers, scheduler):
-            process.terminate()
-        for process in (*workers, scheduler):
-            process.wait(timeout=90)
-    with pytest.raises(LabError, match=f"no dask scheduler answers at {address}"):
-        run_grid([Job(tiny, {"seed": 5})], scheduler=address)
+        port = str(probe.getsockname()[1])
+    address = f"tcp://127.0.0.1:{port}"
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+    with ExitStack() as processes:
+
+        def dask(*command):
+            process = subprocess.Popen([sys.executable, "-m", *command, "--no-dashboard"], **quiet)
+            processes.callback(process.wait, timeout=90)
+            processes.callback(process.terminate)
+
+        def add_worker():
+            options = ("--nthreads", "1", "--host", "127.0.0.1")
+            dask("distributed.cli.dask_worker", address, *options)
+
+        dask("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port)
+        yield address, add_worker
+
+
+def test_workers_of_someone_elses_scheduler_join_late_and_see_the_callers_data(
+    tmp_path, runs, write_notebook, cluster
+):
+    """Nobody is there at first; then one, and the second when the first is at work already."""
+    address, add_worker = cluster
+    hold = (
+        f"{WAIT}\n(root / f'began{{seed}}').touch()\n"
+        "while len(list(root.glob('began*'))) < 2: time.sleep(0.1)\n"
+        "assert os.environ['OPENTRANS_DATA'] == '/data of the caller'"
+    )
+    write_notebook(tmp_path / "01_tiny.ipynb", hold, SAVE)
+    (tmp_path / "grid.yaml").write_text(GRID.replace("2, 3", "2"))
+    command = started(
+        tmp_path / "grid.yaml", "--scheduler", address, OPENTRANS_DATA="/data of the caller"
+    )
+    time.sleep(8)
+    add_worker()
+    wait_for(lambda: list(runs.glob("began*")))
+    add_worker()
+    said = command.communicate(timeout=180)[0]
+    assert command.returncode == 0 and len(finished(runs)) == 3, said
+    assert f"waiting for a worker at {address}" in said and "3 run now" in said
+
+
+def test_two_grids_on_one_scheduler_hear_of_their_own_jobs(
+    tmp_path, runs, write_notebook, cluster
+):
+    address, add_worker = cluster
+    add_worker()
+    write_notebook(tmp_path / "01_tiny.ipynb", SAVE)
+    write_notebook(tmp_path / "02_tiny.ipynb", SAVE)
+    (tmp_path / "a.yaml").write_text(GRID)
+    (tmp_path / "b.yaml").write_text("runs: [02_tiny]")
+    both = [started(tmp_path / f"{n}.yaml", "--scheduler", address) for n in "ab"]
+    said = [process.communicate(timeout=180)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [text.count("on worker") for text in said] == [4, 1]
+    assert all(said[0].count(f"seed={seed} on worker") == 1 for seed in range(4))
+    with pytest.raises(LabError, match="no dask scheduler answers at tcp://127.0.0.1:1 "):
+        run_grid([Job(tmp_path / "01_tiny.ipynb", {"seed": 5})], scheduler="tcp://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_a_grid_ends_its_notebooks_on_someone_elses_workers(
+    tmp_path, runs, write_notebook, cluster, how
+):
+    address, add_worker = cluster
+    add_worker()
+    note = f"{WAIT}\n(root / f'pid{{seed}}').write_text(str(os.getpid()))"
+    hold = "while seed == 0 and not (root / 'go').exists(): time.sleep(0.1)"
+    write_notebook(tmp_path / "01_tiny.ipynb", note, hold, SAVE)
+    (tmp_path / "grid.yaml").write_text(GRID.replace("2, 3", "2"))
+    command = started(tmp_path / "grid.yaml", "--scheduler", address)
+    wait_for(lambda: (runs / "pid0").is_file() and (runs / "pid0").read_text())
+    kernel = psutil.Process(int((runs / "pid0").read_text()))
+    command.send_signal(how)
+    said = command.communicate(timeout=60)[0]
+    assert how == signal.SIGKILL or (command.returncode == 130 and "finished runs are kept" in said)
+    kernel.wait(timeout=60)
+    wait_for(lambda: not list((runs / "01_tiny").glob("*")))  # nothing is published, nothing left
+    assert not (runs / "pid1").exists()
+    (runs / "go").touch()
+    again = started(tmp_path / "grid.yaml", "--scheduler", address)  # the worker is free again
+    said = again.communicate(timeout=180)[0]
+    assert again.returncode == 0 and "3 run now" in said, said
 
 
 def test_workers_share_gpus_and_cores(monkeypatch, environment):
