@@ -9,6 +9,8 @@ import torch
 
 from .errors import LabError
 
+PRECISIONS = ("auto", "bf16", "fp32")
+
 
 def pick(device: str | torch.device = "auto") -> torch.device:
     """The device to use: ``"auto"`` takes a CUDA GPU, else Apple's MPS, else the CPU.
@@ -29,8 +31,19 @@ def pick(device: str | torch.device = "auto") -> torch.device:
     return torch.device(device)
 
 
-def bf16_pays(device: torch.device) -> bool:
-    """True where bfloat16 matrix products have hardware of their own (recent GPUs and CPUs)."""
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether training multiplies in bfloat16: with "auto" where the hardware has products of its
+    own for it (recent GPUs and CPUs).
+
+    Raises:
+        LabError: an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise LabError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
+    return precision == "bf16" or (precision == "auto" and _bf16_pays(device))
+
+
+def _bf16_pays(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

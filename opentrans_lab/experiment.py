@@ -19,7 +19,7 @@ from torch import nn
 
 from .alpha import RESHAPES, RULES, layer_alphas
 from .cost import cost
-from .device import seed_everything
+from .device import PRECISIONS, seed_everything
 from .errors import LabError
 from .evaluate import evaluate
 from .finetune import SELECTIONS, STAGES, freeze, hold_norms, select_layers, unfreeze
@@ -99,7 +99,7 @@ class Recipe:
             "reshape": RESHAPES,
             "rule": RULES,
             "norm": ("train", "eval", "recalibrated"),
-            "precision": ("auto", "bf16", "fp32"),
+            "precision": PRECISIONS,
         }
         for name, valid in words.items():
             if getattr(self, name) not in valid:

@@ -236,8 +236,9 @@ def measured(work: Work) -> tuple[float, str]:
     model = build(recipe.framework, backbone, recipe.preset, **framework_options(lab, recipe))
     batch = next(lab.batches(batch_size, recipe.seed)(0))
     found = step_costs(
-        model, lambda b: model.loss(model(b["images"]), b), batch, {"none": []}, 3, device
-    )
+        model, lambda b: model.loss(model(b["images"]), b), batch, {"none": []}, 3, device,
+        recipe.precision,
+    )  # fmt: skip
     told = f"measured here ({device.type}, {batch_size} pictures of {size} px a step, 3 steps)"
     return float(found["images_per_second"].iloc[0]), told
 

@@ -47,8 +47,9 @@ def speed_table(lab: Lab, recipe: Recipe, config: PruneConfig, selects: str) -> 
     }
     batch = next(lab.batches(recipe.batch_size, recipe.seed, recipe.images or None)(0))
     found = step_costs(
-        model, lambda b: model.loss(model(b["images"]), b), batch, frozen, device=lab.device
-    )
+        model, lambda b: model.loss(model(b["images"]), b), batch, frozen, device=lab.device,
+        precision=recipe.precision,
+    )  # fmt: skip
     about = {"mask": mask, "backbone": lab.backbone, "preset": recipe.preset}
     return savings(recipe.framework, frozen, found, size=(lab.size,) * 2, **about)
 

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm.auto import tqdm
 
 from .cost import training_cost
-from .device import bf16_pays, pick
+from .device import pick, use_bf16
 from .finetune import freeze, unfreeze
 from .train import Batch, to_device
 
@@ -34,6 +34,7 @@ def step_costs(
     frozen: Mapping[str, Sequence[str]],
     repeats: int = 5,
     device: str | torch.device = "auto",
+    precision: str = "auto",
 ) -> pd.DataFrame:
     """Time whole training steps (forward, backward, AdamW) on one batch, selection by selection.
 
@@ -45,6 +46,7 @@ def step_costs(
         objective: of a batch, returns ``loss``.
         frozen: names of layers or stages by selection, as ``freeze`` takes them; the first one is
             what the others are held against.
+        precision: see ``train.TrainConfig``.
 
     Returns:
         One row a selection: select, trainable (weights), step_s (median), images_per_second,
@@ -55,6 +57,7 @@ def step_costs(
     device = pick(device)
     model.to(device, memory_format=torch.channels_last).train()
     batch = to_device(batch, device)
+    bf16 = use_bf16(precision, device)
     optimizers, taken = {}, {select: [] for select in frozen}
     for turn in tqdm(range(repeats + 1), desc="steps", leave=False):  # the first one warms up
         order = list(frozen)
@@ -64,7 +67,7 @@ def step_costs(
             free = [p for p in model.parameters() if p.requires_grad]
             if turn == 0:
                 optimizers[select] = torch.optim.AdamW(free, 1e-5, fused=device.type != "mps")
-            measured = _step(model, objective, batch, optimizers[select], device)
+            measured = _step(model, objective, batch, optimizers[select], device, bf16)
             images = len(batch["images"]) / measured[0]
             if turn:
                 taken[select].append((measured[0], images, *measured[1:]))
@@ -108,6 +111,7 @@ def _step(
     batch: Batch,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
+    bf16: bool,
 ) -> tuple[float, float, float]:
     """Seconds, megabytes and joules of one step."""
     kept: dict[int, int] = {}
@@ -122,9 +126,9 @@ def _step(
         torch.cuda.reset_peak_memory_stats(device)
     before = _joules(device)
     began = time.perf_counter()
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays(device))
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     hooks = nullcontext() if cuda else saved_tensors_hooks(keep, lambda tensor: tensor)
-    with bf16, hooks:
+    with cast, hooks:
         loss = objective(batch)["loss"]
     loss.backward()
     optimizer.step()

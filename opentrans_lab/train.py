@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .device import bf16_pays, pick, seed_everything
+from .device import pick, seed_everything, use_bf16
 from .errors import LabError, OutOfTime, deadline
 from .masks import Mask
 from .processes import average, picture_seeds
@@ -136,7 +136,7 @@ def fit(
     if last is not None:
         accelerator.load_state(str(last))
         rows = json.loads((last / "history.json").read_text())
-    bf16 = _use_bf16(config.precision, accelerator.device)
+    bf16 = use_bf16(config.precision, accelerator.device)
     until = deadline()
 
     # --- fit
@@ -211,12 +211,6 @@ def _frozen_apart(
         del plain.state[parameter]
     accelerator.free_memory()  # several processes would wait for gradients that do not come
     return accelerator.prepare(model, plain)
-
-
-def _use_bf16(precision: str, device: torch.device) -> bool:
-    if precision not in ("auto", "bf16", "fp32"):
-        raise LabError(f"unknown precision {precision!r}; use 'auto', 'bf16' or 'fp32'")
-    return precision == "bf16" or (precision == "auto" and bf16_pays(device))
 
 
 def _shard(batch: Batch, accelerator: Accelerator) -> Batch:
