@@ -219,9 +219,14 @@ def test_the_readmes_ablation_is_what_the_published_runs_say(monkeypatch, tmp_pa
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] in words:
             said[words[cells[0]]] = cells[1:]
-    table = collect("03_transfer").query("`parameters.rows` == 'ours ours_mask_only' and seed == 0")
+    runs = collect("03_transfer")
+    table = runs.query("`parameters.rows` == 'ours ours_mask_only' and seed == 0")
     table = table.set_index("parameters.terms")
     assert said.keys() == set(table.index)
+    (untrained,) = runs.query("`parameters.rows` == 'oneshot wanda'").to_dict("records")
+    for row in ("oneshot", "wanda"):
+        seen, unseen = (untrained[f"metrics.miou.{row}.{s}"] for s in ("seen", "unseen"))
+        assert f"(`{row}`) | – | {seen:.1f} / {unseen:.1f} |" in (PROJECT / "README.md").read_text()
     for terms, cells in said.items():
         for row, cell in zip(("ours", "ours_mask_only"), cells, strict=True):
             seen, unseen = (table.loc[terms, f"metrics.miou.{row}.{s}"] for s in ("seen", "unseen"))
@@ -348,23 +353,26 @@ def test_the_readmes_both_together_is_what_the_published_runs_say(monkeypatch, t
 def test_the_readmes_test_bed_is_what_the_published_runs_say(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENTRANS_RESULTS", str(PROJECT / "results"))
     monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path))
-    which = dict(framework="han", selects="none random high_alpha low_alpha")
-    scores = ["seen", "unseen"]
-    found = summary("04_selective_finetuning", "selection", ["select"], [*scores, "seen_gain"],
-                    **which)  # fmt: skip
+    which, scores = {"selects": "none random high_alpha low_alpha"}, ["seen", "unseen"]
     said = {cells[0].split(" (")[0].replace(" ", "_"): cells[1:]
             for cells in cells_of("In the paper's own test-bed")[2:]}  # fmt: skip
-    assert set(said) == set(found.index) and (found["n"] >= 2).all()
-    for select, (levels, points) in said.items():
-        line = found.loc[select]
-        assert levels == " / ".join(f"{line[s]:.1f} ± {line[f'{s} ±']:.1f}" for s in scores)
-        gain = f"{line['seen_gain']:+.1f} ± {line['seen_gain ±']:.1f}"
-        assert points == ("–" if select == "none" else gain)
-    every = lines("04_selective_finetuning", "selection", **which)
+    for framework, columns in (("han", slice(0, 2)), ("fcclip", slice(2, 4))):
+        found = summary("04_selective_finetuning", "selection", ["select"], [*scores, "seen_gain"],
+                        framework=framework, **which)  # fmt: skip
+        assert set(said) == set(found.index) and (found["n"] >= 2).all()
+        for select, cells in said.items():
+            line = found.loc[select]
+            levels = " / ".join(f"{line[s]:.1f} ± {line[f'{s} ±']:.1f}" for s in scores)
+            gain = f"{line['seen_gain']:+.1f} ± {line['seen_gain ±']:.1f}"
+            assert cells[columns] == [levels, "–" if select == "none" else gain]
+    every = lines("04_selective_finetuning", "selection", framework="han", **which)
     wide = every.pivot_table("seen", "seed", "select")
     assert (wide["low_alpha"] < wide["none"]).all() and (wide["high_alpha"] > wide["none"]).all()
     wide = every.pivot_table("unseen", "seed", "select")
     assert not (wide["low_alpha"] > wide["none"]).all()
+    every = lines("04_selective_finetuning", "selection", framework="fcclip", **which)
+    wide = every.pivot_table("seen", "seed", "select")
+    assert set(wide["low_alpha"] > wide["none"]) == {True, False}
 
 
 def test_a_run_from_before_a_parameter_counts_with_the_value_it_had(runs):
