@@ -25,12 +25,12 @@ import torch.distributed as dist
 
 from .device import pick
 from .errors import LabError, OutOfTime
-from .experiment import Recipe, fine_tune
 from .lab import Lab
 from .processes import together
 from .prune import PruneConfig
 from .results import atomic_path
 from .stages import row_start
+from .tuning import Recipe, fine_tune
 
 ENDS = {"LabError": LabError, "OutOfTime": OutOfTime}
 PARENT = "OPENTRANS_PARENT"  # the process that waits for the result

@@ -6,106 +6,19 @@ The tables of the notebooks are many of these, side by side (notebook 04's: see 
 from __future__ import annotations
 
 import json
-import math
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from safetensors.torch import load_file
 from torch import nn
 
-from .alpha import RESHAPES, RULES, layer_alphas
-from .cost import cost
-from .device import PRECISIONS, seed_everything
-from .errors import LabError
-from .evaluate import evaluate
-from .finetune import SELECTIONS, STAGES, freeze, hold_norms, select_layers, unfreeze
-from .frameworks import FRAMEWORKS, PRESETS, build
+from .devices import spread
+from .frameworks import build
 from .lab import Lab, cached
-from .processes import together, wait
 from .prune import PruneConfig
-from .results import atomic_path, save_table
-from .stages import row_start, save_weights
-from .train import TrainConfig, fit
-from .transfer import ROWS, recalibrate
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One fine-tuning of one framework."""
-
-    framework: str = "deeplabv3"
-    preset: str = "mini"
-    row: str = "dense"
-    """Which weights and mask to start from, see ``transfer.ROWS``."""
-    select: str = "none"
-    """Layers to freeze after the warm-up, see ``finetune.SELECTIONS``."""
-    fraction: float = 0.5
-    """Share of the layers to freeze."""
-    prefix: str = ""
-    """Stages that select="prefix" freezes, such as "stem layer1"; empty: as far as alpha allows."""
-    reshape: str = "slices"
-    rule: str = "csn"
-    warmup: float = 0.2
-    """Share of the steps before alpha is measured and layers are frozen (the paper: 10^4 of
-    5·10^4)."""
-    reselect: int = 0
-    """Steps after which alpha is measured and layers are chosen again; 0: once for all."""
-    norm: str = "train"
-    """``"eval"`` leaves all batch normalisation on its running statistics; ``"recalibrated"``
-    estimates those of the tower anew under the row's mask and then trains as ``"train"`` does: for
-    a frozen CLIP, whose statistics would otherwise be those of before the last pruning."""
-    precision: str = "auto"
-    """See ``train.TrainConfig``."""
-    steps: int = 100
-    batch_size: int = 16
-    lr: float = 1e-3
-    backbone_lr: float = 0.1
-    """Multiplier of ``lr`` for the backbone; 0 leaves FC-CLIP's frozen, BN included, as its authors
-    do."""
-    images: int = 0
-    """Fixed training images; 0: all of the data set, for scenes without end."""
-    eval_images: int = 128
-    """Images of each evaluation split; 0: all."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse a mistyped word or an impossible number now, and not after the training."""
-        counts = ("reselect", "images", "eval_images")
-        if wrong := [n for n in counts if getattr(self, n) < 0]:
-            raise LabError(f"{wrong[0]}={getattr(self, wrong[0])} must be 0 or more")
-        if not 0 <= self.fraction <= 1:
-            raise LabError(f"fraction={self.fraction} must lie between 0 and 1")
-        if not (0 < self.lr < math.inf and 0 <= self.backbone_lr < math.inf):
-            raise LabError(
-                f"lr={self.lr} must be more than 0 and backbone_lr={self.backbone_lr} 0 or more"
-            )
-        if not 0 <= self.warmup < 1 or self.steps < 1 or self.batch_size < 2:
-            raise LabError(
-                f"warmup={self.warmup} must lie in [0, 1), steps={self.steps} be 1 or more, "
-                f"and batch_size={self.batch_size} 2 or more "
-                "(batch normalisation needs two images)"
-            )
-        if unknown := set(self.prefix.split()).difference(STAGES):
-            raise LabError(f"unknown prefix={unknown.pop()!r}; use some of {', '.join(STAGES)}")
-        words = {
-            "framework": FRAMEWORKS,
-            "preset": PRESETS,
-            "row": ROWS,
-            "select": SELECTIONS,
-            "reshape": RESHAPES,
-            "rule": RULES,
-            "norm": ("train", "eval", "recalibrated"),
-            "precision": PRECISIONS,
-        }
-        for name, valid in words.items():
-            if getattr(self, name) not in valid:
-                raise LabError(
-                    f"unknown {name}={getattr(self, name)!r}; use one of {', '.join(valid)}"
-                )
+from .transfer import ROWS
+from .tuning import Recipe, fine_tune
 
 
 @dataclass(frozen=True)
@@ -162,55 +75,11 @@ def segment_stage(lab: Lab, recipe: Recipe, config: PruneConfig) -> Segmented:
     """Start from a row, fine-tune a framework (freezing what ``select`` says), and evaluate it."""
 
     def work(folder: Path) -> dict:
-        if lab.devices == 1:
-            return fine_tune(lab, recipe, config, folder)
-        from .devices import spread  # which calls fine_tune in processes of its own
-
-        return spread(lab, recipe, config, folder)
+        run = fine_tune if lab.devices == 1 else spread
+        return run(lab, recipe, config, folder)
 
     folder, metrics = cached("segment", segment_params(lab, recipe, config), work)
     return Segmented(folder, metrics)
-
-
-def fine_tune(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
-    """The work of ``segment_stage``: fills ``folder``, returns the metrics."""
-    backbone, mask = row_start(lab, recipe.row, config)
-    if recipe.norm == "recalibrated":
-        recalibrate(backbone, mask, lab.batches(recipe.batch_size, recipe.seed)(0))
-    seed_everything(recipe.seed)  # the head begins alike, whatever has run before in this process
-    model = build(recipe.framework, backbone, recipe.preset, **framework_options(lab, recipe))
-    if recipe.norm == "eval":
-        hold_norms(model)
-    training = TrainConfig(
-        recipe.steps, recipe.batch_size, recipe.lr, recipe.backbone_lr, schedule="cosine",
-        warmup=recipe.steps // 20, precision=recipe.precision, seed=recipe.seed,
-    )  # fmt: skip
-
-    def objective(wrapped: nn.Module, batch: dict) -> dict:
-        return model.loss(wrapped(batch["images"]), batch)
-
-    done = fit(
-        model, objective, lab.batches(recipe.batch_size, recipe.seed, recipe.images or None),
-        training, folder / "checkpoints", mask, _freezing(recipe, folder), lab.device,
-        title=f"{recipe.framework}, {recipe.row}, freeze {recipe.select}",
-    )  # fmt: skip
-    metrics = _evaluate(model, lab, recipe, folder)
-    wait()
-    if together()[0] == 0:
-        save_weights(model, folder / "model.safetensors")
-        done.history.to_csv(folder / "history.csv", index=False)
-        shutil.rmtree(folder / "checkpoints")
-    trunk = [p for n, p in backbone.visual.named_parameters() if not n.startswith("attnpool.")]
-    table = cost(recipe.framework, (lab.size,) * 2, mask, lab.backbone, recipe.preset)
-    total = table.query("convention == 'uniform' and component == 'total'").iloc[0]
-    return metrics | {
-        "params": int(total["sparse_params"]),
-        "macs": int(total["sparse_macs"]),
-        "density": 1.0 if mask is None else mask.density,
-        "frozen_weights": sum(p.numel() for p in trunk if not p.requires_grad),
-        "loss": float(done.history["loss"].tail(10).mean()),
-        "images_per_second": done.images_per_second,
-    }
 
 
 def transfer_table(lab: Lab, recipe: Recipe, config: PruneConfig, rows: str) -> pd.DataFrame:
@@ -218,63 +87,3 @@ def transfer_table(lab: Lab, recipe: Recipe, config: PruneConfig, rows: str) -> 
     recipes = [replace(recipe, row=row) for row in rows.split()]  # a typo shows before any work
     found = [(r.row, segment_stage(lab, r, config)) for r in recipes]
     return pd.DataFrame({"row": r, "starts_from": ROWS[r], **done.metrics} for r, done in found)
-
-
-def framework_options(lab: Lab, recipe: Recipe) -> dict:
-    """What a framework needs beside its backbone: Han et al. the dense CLIP, as a teacher."""
-    if recipe.framework == "han":
-        return {"teacher": lab.load()}
-    if recipe.framework == "fcclip":
-        return {"clip": "tuned" if recipe.backbone_lr else "frozen"}
-    return {}
-
-
-def _freezing(recipe: Recipe, folder: Path) -> dict[int, Callable[[nn.Module], None]]:
-    """What to do to the model before which step."""
-    if recipe.select == "none":
-        return {}
-    first = int(recipe.warmup * recipe.steps)
-    steps = range(first, recipe.steps, recipe.reselect) if recipe.reselect else [first]
-    return {step: partial(_freeze_by_alpha, recipe, folder, step) for step in steps}
-
-
-def _freeze_by_alpha(recipe: Recipe, folder: Path, step: int, model: nn.Module) -> None:
-    """Measure alpha and freeze; the choice is written down, so that a resumed run repeats it."""
-    choice = folder / f"frozen-{step:06d}.json"
-    if not choice.exists():
-        trunk = {
-            f"{name}.weight": module.weight.detach()
-            for name, module in model.backbone.visual.named_modules()
-            if isinstance(module, nn.Conv2d)
-        }
-        alphas = layer_alphas(trunk, reshape=recipe.reshape, rule=recipe.rule)
-        names = select_layers(alphas, recipe.select, recipe.fraction, recipe.seed + step)
-        if recipe.select == "prefix" and recipe.prefix:
-            names = recipe.prefix.split()
-        if not (folder / "alphas.csv").exists():
-            save_table(alphas, folder / "alphas.csv")
-        with atomic_path(choice) as path:
-            path.write_text(json.dumps(names))
-    unfreeze(model)
-    if recipe.norm == "eval":
-        hold_norms(model)
-    freeze(model, json.loads(choice.read_text()))
-
-
-def _evaluate(model: nn.Module, lab: Lab, recipe: Recipe, folder: Path) -> dict[str, float]:
-    """mIoU in percent on the evaluation split, and on the shifted domain where there is one."""
-    metrics = {}
-    for split, prefix in (("val", ""), ("shifted", "shifted_")):
-        if split == "shifted" and lab.dataset != "scenes":
-            continue
-        data = lab.data(split, limit=recipe.eval_images or None)
-        progress = folder / "checkpoints" / split
-        found = evaluate(model, data, recipe.batch_size, device=lab.device, out=progress)
-        metrics |= {
-            f"{prefix}all": 100 * found.miou,
-            f"{prefix}seen": 100 * found.miou_seen,
-            f"{prefix}unseen": 100 * found.miou_unseen,
-        }
-        if not prefix:
-            save_table(found.per_class, folder / "per_class.csv")
-    return metrics

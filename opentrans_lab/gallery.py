@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from .data import IGNORE, Dataset
 from .errors import LabError
 from .evaluate import predict
-from .experiment import Recipe
 from .files import find_pictures
 from .heads.inference import segment_classes
 from .overlays import verdicts
 from .picture import checked_names, fitted, read_picture
 from .text import ClassNames
+from .tuning import Recipe
 
 TITLES = {"deeplabv3": "DeepLabV3", "han": "Han et al.", "fcclip": "FC-CLIP"}
 """Frameworks as the paper writes them."""

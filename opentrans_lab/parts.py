@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 
 from .device import pick
 from .evaluate import confusion, evaluating, predict
-from .experiment import Recipe, segment_stage
+from .experiment import segment_stage
 from .lab import Lab, cached
 from .loader import Dataset
 from .prune import PruneConfig
+from .tuning import Recipe
 
 SPLITS = ("seen", "unseen")
 

@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .cost import training_cost
 from .counter import meta_backbone, meta_framework, trace
 from .errors import LabError
-from .experiment import Recipe, framework_options, segment_params
+from .experiment import segment_params
 from .frameworks import build
 from .grids import Job
 from .lab import Lab, stage_folder
@@ -30,6 +30,7 @@ from .results import load, runs_root
 from .speed import step_costs
 from .stages import distill_params, prune_params
 from .transfer import TRAINED
+from .tuning import Recipe, framework_options
 
 REGIONS = 200  # most crops of a batch that the teacher of L_KD sees
 VALIDATION = {

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pandas as pd
 
 from .cost import training_cost
-from .experiment import Recipe, framework_options, segment_stage
+from .experiment import segment_stage
 from .frameworks import build
 from .lab import Lab
 from .prune import PruneConfig
 from .speed import savings, step_costs
 from .stages import prune_stage, row_start
+from .tuning import Recipe, framework_options
 
 
 def selection_table(

@@ -18,9 +18,10 @@ import pytest
 
 from opentrans_lab.batch import run_notebook
 from opentrans_lab.errors import LabError, OutOfTime
-from opentrans_lab.experiment import Recipe, segment_stage
+from opentrans_lab.experiment import segment_stage
 from opentrans_lab.lab import Lab
 from opentrans_lab.prune import PruneConfig
+from opentrans_lab.tuning import Recipe
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "03_transfer.ipynb"
 PRUNING = PruneConfig(density=0.5, p=0.5, steps=1, batch_size=2)

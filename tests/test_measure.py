@@ -6,10 +6,11 @@ import pytest
 from PIL import Image
 
 from opentrans_lab.errors import LabError
-from opentrans_lab.experiment import Recipe, segment_stage
+from opentrans_lab.experiment import segment_stage
 from opentrans_lab.lab import Lab
 from opentrans_lab.measure import measure
 from opentrans_lab.prune import PruneConfig
+from opentrans_lab.tuning import Recipe
 
 CPU = dict(device="cpu")
 

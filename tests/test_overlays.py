@@ -17,11 +17,11 @@ from opentrans_lab.backbone import load_backbone
 from opentrans_lab.batch import run_notebook
 from opentrans_lab.data import load_dataset
 from opentrans_lab.errors import LabError
-from opentrans_lab.experiment import Recipe
 from opentrans_lab.files import find_pictures
 from opentrans_lab.frameworks import build
 from opentrans_lab.picture import segment
 from opentrans_lab.results import load
+from opentrans_lab.tuning import Recipe
 
 NAMES = ("grass", "striped red star")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "06_qualitative.ipynb"

@@ -7,11 +7,12 @@ import torch
 from opentrans_lab.backbone import load_backbone
 from opentrans_lab.data import load_dataset
 from opentrans_lab.evaluate import evaluate
-from opentrans_lab.experiment import Recipe, segment_stage
+from opentrans_lab.experiment import segment_stage
 from opentrans_lab.frameworks import build
 from opentrans_lab.lab import Lab
 from opentrans_lab.parts import compare_parts, gain, part_table, picture_counts
 from opentrans_lab.prune import PruneConfig
+from opentrans_lab.tuning import Recipe
 
 SIX = dict(limit=6, size=64)
 

@@ -9,11 +9,12 @@ import opentrans_lab
 from opentrans_lab import scenes
 from opentrans_lab.backbone import load_backbone
 from opentrans_lab.errors import LabError
-from opentrans_lab.experiment import Recipe, segment_stage
+from opentrans_lab.experiment import segment_stage
 from opentrans_lab.frameworks import build
 from opentrans_lab.lab import Lab
 from opentrans_lab.picture import newest, read_picture, segment
 from opentrans_lab.prune import PruneConfig
+from opentrans_lab.tuning import Recipe
 
 NAMES = ["striped red star", "grass", "plain blue circle"]
 

@@ -15,7 +15,6 @@ from opentrans_lab import plan as planning
 from opentrans_lab.batch import run_grid
 from opentrans_lab.cli import main
 from opentrans_lab.errors import LabError
-from opentrans_lab.experiment import framework_options
 from opentrans_lab.frameworks import FRAMEWORKS, build
 from opentrans_lab.grids import Job, load_grid
 from opentrans_lab.lab import Lab
@@ -30,6 +29,7 @@ from opentrans_lab.plan import (
 )
 from opentrans_lab.prune import PruneConfig, Student, distillation
 from opentrans_lab.speed import step_costs
+from opentrans_lab.tuning import framework_options
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 TINY = dict(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -149,6 +150,20 @@ def test_every_import_is_a_declared_dependency():
     found -= set(sys.stdlib_module_names) | {"opentrans_lab"}
     names = {called.get(name, brought.get(name, name)).lower() for name in found}
     assert names <= declared, names - declared
+
+
+def test_no_two_modules_import_each_other():
+    """A module imports only what lies below it; the package's own lazy shortcut is no module."""
+    below = {}
+    for path in (ROOT / "opentrans_lab").rglob("*.py"):
+        here = path.relative_to(ROOT).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level and path.name != "__init__.py":
+                base = [*here[: -node.level], *(node.module or "").split(".")]
+                names = {".".join(filter(None, [*base, alias.name])) for alias in node.names}
+                below.setdefault(".".join(here), set()).update(names | {".".join(base)})
+    assert len(below) > 50
+    TopologicalSorter(below).prepare()  # raises CycleError, which names the circle
 
 
 def test_dependencies_are_installed_in_the_versions_asked_for():

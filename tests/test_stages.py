@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opentrans_lab import experiment, scenes
+from opentrans_lab import scenes, tuning
 from opentrans_lab.backbone import Backbone, mini_folder
 from opentrans_lab.batch import run_notebook
 from opentrans_lab.errors import LabError, OutOfTime
-from opentrans_lab.experiment import Recipe, segment_stage, transfer_table
+from opentrans_lab.experiment import segment_stage, transfer_table
 from opentrans_lab.finetune import SELECTIONS
 from opentrans_lab.lab import Lab, cached
 from opentrans_lab.prune import PruneConfig
@@ -27,6 +27,7 @@ from opentrans_lab.selection import selection_table, speed_table, together
 from opentrans_lab.stages import prune_stage, row_start
 from opentrans_lab.tower import prunable
 from opentrans_lab.transfer import ROWS, TRAINED
+from opentrans_lab.tuning import Recipe
 
 LAB = Lab(device="cpu")
 PRUNING = PruneConfig(density=0.25, p=0.5, steps=1, batch_size=2)
@@ -200,7 +201,7 @@ def test_no_unseen_pixel_or_region_enters_training(monkeypatch):
 
     monkeypatch.setattr("opentrans_lab.data.scenes.render", watch)
     monkeypatch.setattr(Backbone, "text", listen)
-    monkeypatch.setattr(experiment, "_evaluate", lambda *_: {})
+    monkeypatch.setattr(tuning, "_evaluate", lambda *_: {})
     pruning = replace(PRUNING, seed=77)
     for row in ("ours", "random_layerwise_kd"):
         segment_stage(LAB, replace(RECIPE, row=row, seed=77), pruning)
