@@ -8,7 +8,7 @@ costs, which are counted for the paper's own sizes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,11 @@ from pandas.io.formats.style import Styler
 from .tables import HEADS_LEFT, half_width, main_setting, paper
 
 OURS = {"dense": "dense", "random": "random_layerwise", "ours": "ours"}  # Table 1's rows as ours
+HAS = {  # Table 4's lines as ours
+    ("none", "dense"): "neither",
+    ("low_alpha", "dense"): "selection",
+    ("low_alpha", "ours"): "both",
+}
 COUNTED = "counted"
 COLUMNS = ("line", "column", "ours", "half", "n", "paper", "difference", "runs")
 
@@ -80,7 +85,7 @@ def _table1(found: pd.DataFrame, costs: pd.DataFrame, score: str, dataset: str) 
     table["what"] = table["dataset"].fillna(table["metric"])
     printed = table.set_index(["framework", "row", "what"])["value"]
     for framework in dict.fromkeys(table["framework"]):
-        own = _of(found, "parameters.framework", framework)
+        own = _main(found, framework, "row", OURS.values())
         mine = {row: _of(own, "row", name) for row, name in OURS.items()}
         for row, part in mine.items():
             value, dense = printed[framework, row, dataset], printed[framework, "dense", dataset]
@@ -96,8 +101,9 @@ def _table1(found: pd.DataFrame, costs: pd.DataFrame, score: str, dataset: str) 
 
 def _table2(found: pd.DataFrame, costs: pd.DataFrame, score: str, dataset: str) -> Cells:
     printed = paper("table2")
-    own = _of(_of(found, "parameters.framework", "han"), "regime", "plenty")
-    mine = {select: _of(own, "select", select) for select in dict.fromkeys(printed["select"])}
+    selects = list(dict.fromkeys(printed["select"]))
+    own = _main(_of(found, "regime", "plenty"), "han", "select", selects)
+    mine = {select: _of(own, "select", select) for select in selects}
     for select, part in mine.items():
         values = printed[printed["select"] == select].set_index("dataset")["value"]
         full = printed[printed["select"] == "none"].set_index("dataset")["value"]
@@ -116,7 +122,7 @@ def _table3(found: pd.DataFrame, costs: pd.DataFrame, score: str, dataset: str) 
     printed = paper("table3").dropna(subset="framework")
     printed = printed[printed["dataset"] == dataset].set_index(["framework", "row"])["value"]
     for framework in dict.fromkeys(printed.index.get_level_values("framework")):
-        own = _of(found, "parameters.framework", framework)
+        own = _main(found, framework, "has", HAS.values())
         neither, both = _of(own, "has", "neither"), _of(own, "has", "both")
         dense, ours = printed[framework, "dense"], printed[framework, "ours"]
         yield f"{framework}, dense", "mIoU, %", _cell(neither, score), dense
@@ -126,10 +132,8 @@ def _table3(found: pd.DataFrame, costs: pd.DataFrame, score: str, dataset: str) 
 
 def _table4(found: pd.DataFrame, costs: pd.DataFrame, score: str, dataset: str) -> Cells:
     printed = paper("table4").set_index(["select", "row"])["value"]
-    own = _of(found, "parameters.framework", "han")
-    has = {("none", "dense"): "neither", ("low_alpha", "dense"): "selection",
-           ("low_alpha", "ours"): "both"}  # fmt: skip
-    for (select, row), name in has.items():
+    own = _main(found, "han", "has", HAS.values())
+    for (select, row), name in HAS.items():
         line, value = f"han, {name}", printed[select, row]
         counted = _counted(costs, "han", f"training, {select}, {row}", 1)
         yield line, "training, PMACs", counted, value
@@ -138,11 +142,12 @@ def _table4(found: pd.DataFrame, costs: pd.DataFrame, score: str, dataset: str) 
 
 
 def _of(found: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
-    """The lines with this value; of a framework, those of its main setting."""
-    if found.empty:
-        return found
-    part = found[found[column] == value]
-    return main_setting(part) if column == "parameters.framework" else part
+    return found if found.empty else found[found[column] == value]
+
+
+def _main(found: pd.DataFrame, framework: str, which: str, wanted: Collection[str]) -> pd.DataFrame:
+    """The framework's lines of the setting that fills most of the table."""
+    return main_setting(_of(found, "parameters.framework", framework), which, wanted)
 
 
 def _counted(costs: pd.DataFrame, framework: str, cell: str, unit: float) -> Cell:

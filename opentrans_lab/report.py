@@ -16,6 +16,7 @@ import pandas as pd
 from pandas.errors import EmptyDataError
 
 from .errors import LabError
+from .grids import defaults
 from .page import (
     BACK,
     TO_NOTEBOOK,
@@ -26,7 +27,7 @@ from .page import (
     number,
     render,
 )
-from .results import records, revision, runs_root
+from .results import PROJECT, records, revision, runs_root
 
 OURS = 'content="opentrans-lab"'  # in every page of ours: such a folder may be replaced
 CLAIMS = "claims"  # a run's table that the site begins with, of several the newest
@@ -122,9 +123,10 @@ def _section(
 ) -> dict:
     """What the index shows of one notebook."""
     title, question = name, ""
-    for folder, _ in found:
-        if (executed := folder / "executed.ipynb").is_file():
-            title, question = heading(nbformat.read(executed, as_version=4), name)
+    notebooks = [PROJECT / "notebooks" / f"{name}.ipynb"]  # published runs come without theirs
+    for path in notebooks + [folder / "executed.ipynb" for folder, _ in found]:
+        if path.is_file():
+            title, question = heading(nbformat.read(path, as_version=4), name)
     runs = [_card(folder, record, site, pages) for folder, record in found]
     return {
         "notebook": name,
@@ -168,11 +170,13 @@ def _card(folder: Path, record: dict, site: Path, pages: dict[str, str]) -> dict
 
 
 def _changed(folder: Path, record: dict) -> dict:
-    """What differs from the defaults; of a run by hand in JupyterLab, all parameters."""
+    """What differs from the defaults: its own, or those of the notebook as it is now."""
     executed = folder / "executed.ipynb"
-    if not executed.is_file():
-        return record["parameters"]
-    return changed_parameters(nbformat.read(executed, as_version=4))
+    if executed.is_file():
+        return changed_parameters(nbformat.read(executed, as_version=4))
+    path = PROJECT / "notebooks" / f"{record['notebook']}.ipynb"
+    usual = defaults(path) if path.is_file() else {}
+    return {k: v for k, v in record["parameters"].items() if k not in usual or usual[k] != v}
 
 
 def _flat(metrics: dict) -> dict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pandas as pd
 from pandas.io.formats.style import Styler
 from scipy.stats import t as student_t
@@ -14,6 +16,8 @@ ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "r
 """Parameters that the first published runs did not have yet, with the values that they ran with."""
 BESIDE = ("parameters.rows", "parameters.selects", "parameters.regimes")
 """What else a run looked at: it changes nothing in a line."""
+WHICH = ("row", "regime", "select", "has", "part", "names")
+"""Columns that tell the lines of a notebook's table apart."""
 HEADS_LEFT = [{"selector": "th", "props": "text-align: left"}]  # a Styler's, above words
 POINTS = ("dense", "ours", "random_layerwise")  # the paper's three
 
@@ -30,7 +34,8 @@ def experiment(params: dict, seedless: bool = False) -> str:
 def lines(
     notebook: str, table: str, mine: tuple[dict, pd.DataFrame] | None = None, **parameters
 ) -> pd.DataFrame:
-    """All lines of ``<table>.csv`` of a notebook's finished runs, of each experiment the newest.
+    """All lines of ``<table>.csv`` of a notebook's finished runs, each once: of several runs that
+    made the same one (they may differ in ``BESIDE``), the newest's.
 
     Args:
         mine: parameters and table of a run that is not saved yet, to count as well.
@@ -46,13 +51,19 @@ def lines(
             own = ADDED | record["parameters"]
             found[experiment(own)] = (own, pd.read_csv(folder / f"{table}.csv"), str(folder))
     if mine:
+        found.pop(experiment(mine[0]), None)  # and comes back as the newest
         found[experiment(mine[0])] = (ADDED | mine[0], mine[1], "")
     parts = []
     for own, part, folder in found.values():
         if all(own.get(k) == v for k, v in parameters.items()):
             about = {f"parameters.{k}": v for k, v in own.items() if k not in APART}
             parts.append(part.assign(**about, seed=own.get("seed"), folder=folder))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    if not parts:
+        return pd.DataFrame()
+    every = pd.concat(parts, ignore_index=True)
+    same = [c for c in every if c in ("seed", *WHICH) or c.startswith("parameters.")]
+    once = every.drop_duplicates([c for c in same if c not in BESIDE], keep="last")
+    return once.reset_index(drop=True)
 
 
 def differing(found: pd.DataFrame) -> list[str]:
@@ -61,21 +72,23 @@ def differing(found: pd.DataFrame) -> list[str]:
     return [c for c in names if found[c].nunique() > 1]
 
 
-def main_setting(found: pd.DataFrame) -> pd.DataFrame:
-    """Of :func:`lines`, those of the experiment with most seeds; of several, the one that was
-    begun last."""
-    if found.empty:
+def main_setting(found: pd.DataFrame, which: str, wanted: Collection[str]) -> pd.DataFrame:
+    """Of :func:`lines`, those of the setting with most of the ``wanted`` lines, by column
+    ``which``; of several, with most seeds; of several, the one that was begun last."""
+    if found.empty or not (by := differing(found)):
         return found
-    by = differing(found)
-    if not by:
-        return found
+
+    def rank(part: pd.DataFrame) -> tuple[int, int]:
+        there = part[part[which].isin(wanted)]
+        return there[which].nunique(), there["seed"].nunique()
+
     groups = [part for _, part in found.groupby(by, dropna=False, sort=False)]
-    return max(reversed(groups), key=lambda part: part["seed"].nunique())
+    return max(reversed(groups), key=rank)
 
 
-def half_width(std: pd.Series, n: pd.Series) -> pd.Series:
-    """Half of the 95 % interval of a mean over ``n`` seeds (Student's t); NaN for one."""
-    return student_t.ppf(0.975, (n - 1).where(n > 1)) * std / n**0.5
+def half_width(std: pd.Series, n: pd.Series, level: float = 0.95) -> pd.Series:
+    """Half of the interval of a mean over ``n`` seeds (Student's t), of 95 %; NaN for one."""
+    return student_t.ppf((1 + level) / 2, (n - 1).where(n > 1)) * std / n**0.5
 
 
 def summary(
@@ -121,6 +134,7 @@ def styled(found: pd.DataFrame, caption: str) -> Styler:
     plain.columns = [str(name).removeprefix("parameters.") for name in plain]
     numbers = [str(name) for name in found]
     look = plain.style.hide(axis="index").set_caption(caption)
+    look = look.format(lambda value: f"{value:g}" if isinstance(value, float) else value)
     return look.format(precision=1, na_rep="–", subset=numbers)
 
 
@@ -162,8 +176,10 @@ def cost_points(
     if found.empty:
         return pd.DataFrame(columns=columns)
     named = {"parameters.framework": "framework", "macs": "GMACs", "params": "params_M"}
-    own = [main_setting(part) for _, part in found.groupby("parameters.framework", sort=False)]
-    table = pd.concat(own).rename(columns=named | {score: "mIoU"})
+    parts = [part for _, part in found.groupby("parameters.framework", sort=False)]
+    table = pd.concat([main_setting(part, "row", rows) for part in parts]).rename(
+        columns=named | {score: "mIoU"}
+    )
     table = table[table["row"].isin(rows)]
     table = table.assign(GMACs=table["GMACs"] / 1e9, params_M=table["params_M"] / 1e6)
     return table.groupby(columns[:2], sort=False)[columns[2:]].mean().reset_index()

@@ -62,7 +62,7 @@ def test_one_seed_has_no_interval_and_most_seeds_are_shown(runs, costs):
     transfer(seeds=(0, 1), steps=600)
     transfer(seeds=(0,), steps=50, level=99.0)
     found = lines("03_transfer", "transfer")
-    assert set(main_setting(found)["parameters.steps"]) == {600}
+    assert set(main_setting(found, "row", ROWS)["parameters.steps"]) == {600}
     transfer(seeds=(3,), framework="fcclip")
     found = lines("03_transfer", "transfer")
     table = cells("table1", found, costs).set_index(["line", "column"])
@@ -108,6 +108,23 @@ def test_selection_and_both_fill_tables_2_to_4(runs, costs):
     table = cells("table4", found, costs).set_index(["line", "column"])
     cell = table.loc[("han, both", "training, % of dense")]
     assert cell.ours == 50 and cell.paper == pytest.approx(100 * 122.2 / 181.4)
+
+
+def test_a_setting_that_fills_the_table_goes_before_one_with_more_seeds(runs, costs):
+    """Half a table with three seeds must not hide, as "not run", what a whole one says."""
+    params = dict(dataset="scenes", framework="han")
+    levels = {"none": 45.0, "random": 46.0, "high_alpha": 48.0, "low_alpha": 43.0}
+    for steps, seeds, selects in ((300, 3, ["none", "low_alpha"]), (600, 2, list(levels))):
+        for seed in range(seeds):
+            scores = [levels[name] + seed + steps / 1000 for name in selects]
+            table = pd.DataFrame({"regime": "plenty", "select": selects, "seen": scores})
+            about = params | dict(steps=steps, selects=" ".join(selects), seed=seed)
+            Run("04_selective_finetuning", about).save({}, selection=table)
+    found = lines("04_selective_finetuning", "selection")
+    table = cells("table2", found, costs).set_index(["line", "column"])
+    for select in ("random", "high_alpha", "low_alpha"):
+        cell = table.loc[(f"han, freeze {select}", "points to full")]
+        assert cell.n == 2 and cell.ours == levels[select] - levels["none"]
 
 
 def test_every_link_leads_to_its_run_on_the_page_and_in_the_report(runs):

@@ -192,6 +192,17 @@ def test_a_run_that_is_not_saved_yet_counts_once(runs):
     assert found.loc["ours", "seen"] == pytest.approx((20 + 99) / 2)
 
 
+def test_a_line_that_two_runs_made_counts_once_with_the_newest(runs):
+    for rows, score in (("dense ours", 1.0), ("dense", 2.0)):
+        run = Run("03_toy", {"seed": 0, "rows": rows})
+        run.save({}, transfer=pd.DataFrame({"row": rows.split(), "seen": score}))
+        time.sleep(1.1)  # records are ordered by the second
+    found = lines("03_toy", "transfer").set_index("row")["seen"]
+    assert found.to_dict() == {"ours": 1.0, "dense": 2.0}
+    mine = ({"seed": 0, "rows": "dense ours"}, pd.DataFrame({"row": ["dense"], "seen": [3.0]}))
+    assert lines("03_toy", "transfer", mine)["seen"].tolist() == [3.0]
+
+
 def test_published_runs_are_small_and_found_beside_the_own_ones(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENTRANS_RESULTS", str(tmp_path / "results"))
     for seed in (0, 1):
