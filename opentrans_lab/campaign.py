@@ -44,14 +44,20 @@ def missing_first(jobs: Sequence[Job]) -> list[Job]:
 
 
 def outlook(jobs: Sequence[Job]) -> str:
-    """How much of ``jobs`` is done, and how long the rest takes one device at its past speed."""
-    done = sum(load(job.folder) is not None for job in jobs)
-    told = f"campaign: {done} of {len(jobs)} runs finished"
+    """How much of ``jobs`` is done or published, and how long one device takes for the rest."""
+    there = {(record["notebook"], experiment(record["parameters"])) for _, record in records()}
+    own = [job for job in jobs if load(job.folder) is not None]
+    left = [job for job in jobs if (job.notebook.stem, experiment(job.full)) not in there]
+    told = f"campaign: {len(own)} of {len(jobs)} runs finished"
+    if others := len(jobs) - len(own) - len(left):
+        told += f", {others} more published"
+    if not left:
+        return told
     speed = past_speed(jobs)
-    if done == len(jobs) or math.isnan(speed):
-        return told + ("" if done == len(jobs) else "; what is left can be told after the first")
-    seconds = 3600 * plan(jobs, speed)["hours"].sum()
-    return f"{told}, about {duration(seconds)} of one device are left at the speed so far"
+    if math.isnan(speed):
+        return f"{told}; how long the others take can be told after the first"
+    seconds = 3600 * plan(left, speed)["hours"].sum()
+    return f"{told}; the others take one device about {duration(seconds)} at the speed so far"
 
 
 def campaign(

@@ -58,7 +58,7 @@ class RunCommand:
             return _exit_code(
                 run_grid(jobs, self.force, workers=self.workers, scheduler=self.scheduler)
             )
-        if self.workers > 1 or self.scheduler:
+        if self.workers != 1 or self.scheduler:
             raise LabError(f"--workers and --scheduler go with a grid, not with {self.target}")
         result = run_notebook(self.target, dict(self.parameters), self.force)
         if result.users:
@@ -81,12 +81,15 @@ class PlanCommand:
 
     def __call__(self) -> int:
         from .grids import load_grid
-        from .plan import ASSUMPTIONS, describe_plan, measured, plan, reference, step_macs
+        from .plan import ASSUMPTIONS, describe_plan, measured, plan, reference
         from .results import save_table
+        from .work import step_macs
 
         speed, how = self.images_per_second, "as given"
         if not 0 <= speed < math.inf:
             raise LabError(f"--images-per-second {speed} must be a number above 0")
+        if self.out and self.out.is_dir():
+            raise LabError(f"--out {self.out} is a folder; name a file in it")
         jobs = load_grid(self.grid)
         work = reference(jobs)
         if not speed:
@@ -131,7 +134,8 @@ class CampaignCommand:
     """
 
     minutes: float = 60.0
-    """After this, training stops at its next step with a checkpoint."""
+    """After this, training stops at its next step with a checkpoint; then tables and report are
+    written, which takes a minute or two."""
     grid: Path = Path("notebooks/grids/campaign.yaml")
     """What to run, the more important first."""
     workers: int = 1

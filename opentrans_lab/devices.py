@@ -43,20 +43,16 @@ def spread(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
     Raises:
         LabError, OutOfTime: as ``fine_tune``; or the batch or the machine cannot be shared so.
     """
+    check_shares(lab, recipe)
     count, device = lab.devices, pick(lab.device)
-    if recipe.batch_size % count:
-        raise LabError(f"batch_size={recipe.batch_size} cannot be shared by devices={count}")
-    if recipe.batch_size < 2 * count and recipe.norm != "eval":
-        raise LabError(
-            f"batch_size={recipe.batch_size} leaves one picture to each of devices={count}, and "
-            'batch normalisation needs two; use a larger batch, or norm="eval"'
-        )
     if device.type == "cuda" and count > torch.cuda.device_count():
         raise LabError(
             f"devices={count}, but this process sees {torch.cuda.device_count()} GPUs (the workers "
             "of a grid share them out, and CUDA_VISIBLE_DEVICES names them)"
         )
     row_start(lab, recipe.row, config)  # pruned and distilled once, before anybody asks for it
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of this process, which only waits from here on
     end = folder / "end.json"
     end.unlink(missing_ok=True)
     job = {"lab": asdict(lab), "recipe": asdict(recipe), "config": asdict(config)}
@@ -75,6 +71,22 @@ def spread(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
     if ended["kind"] == "result":
         return ended["result"]
     raise ENDS.get(ended["kind"], RuntimeError)(ended["message"])
+
+
+def check_shares(lab: Lab, recipe: Recipe) -> None:
+    """Refuse a batch that ``lab.devices`` cannot share; plans ask, too."""
+    size, count = recipe.batch_size, lab.devices
+    if size % count:
+        near = [k for k in range(count, 0, -1) if size % k == 0][0]
+        raise LabError(
+            f"batch_size={size} cannot be shared by devices={count}; use devices={near}, or a "
+            f"multiple of {count}"
+        )
+    if size < 2 * count and count > 1 and recipe.norm != "eval":
+        raise LabError(
+            f"batch_size={size} leaves one picture to each of devices={count}, and "
+            'batch normalisation needs two; use a larger batch, or norm="eval"'
+        )
 
 
 def _loopback() -> dict[str, str]:

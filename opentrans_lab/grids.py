@@ -145,8 +145,8 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
         raise LabError(f"{path} must hold `runs` and may hold `defaults` and `outermost`")
     shared = grid.get("defaults") or {}
     outermost = grid.get("outermost") or ""
-    kinds = ((grid["runs"], list), (shared, dict), (outermost, str))
-    if not all(isinstance(value, kind) for value, kind in kinds):
+    kinds = isinstance(grid["runs"], list), _named(shared), isinstance(outermost, str)
+    if not all(kinds):
         raise LabError(
             f"{path}: `runs` must be a list, `defaults` a mapping of names to values, and "
             "`outermost` one name"
@@ -165,8 +165,13 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
                 f"{path}: {entry!r} must hold `notebook` and may hold `parameters` and "
                 "`after_all`, or name another `grid`"
             )
-        if not isinstance(entry.get("parameters") or {}, dict):
-            raise LabError(f"{path}: `parameters` of {entry['notebook']} must map names to values")
+        if not _named(entry.get("parameters") or {}):
+            raise LabError(
+                f"{path}: `parameters` of {entry['notebook']} must map names to values (YAML reads "
+                "on, off, yes and no as no names: quote them)"
+            )
+        if not isinstance(entry.get("after_all", False), bool):
+            raise LabError(f"{path}: `after_all` of {entry['notebook']} must be true or false")
         notebook = find_notebook(str(entry["notebook"]), path)
         known = defaults(notebook)
         used |= known.keys() & shared.keys()
@@ -187,6 +192,10 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
     return jobs
 
 
+def _named(parameters: object) -> bool:
+    return isinstance(parameters, dict) and all(isinstance(name, str) for name in parameters)
+
+
 def _regroup(jobs: list[Job], name: str, grid: Path) -> list[Job]:
     """``jobs`` with equal values of a parameter together, in the order in which these appear."""
     values = [job.full.get(name) for job in jobs]
@@ -204,7 +213,7 @@ def find_notebook(name: str, grid: Path) -> Path:
     """
     grid = grid.resolve()
     folders = (grid.parent, grid.parent.parent, PROJECT / "notebooks")
-    candidates = [folder / f"{name}.ipynb" for folder in folders]
+    candidates = [folder / f"{name.removesuffix('.ipynb')}.ipynb" for folder in folders]
     found = next((p for p in candidates if p.is_file()), None)
     if found is None:
         raise LabError(

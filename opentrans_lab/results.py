@@ -240,9 +240,14 @@ def publish(folders: list[Path]) -> list[Path]:
     for folder in folders:
         target = results_root() / load(folder)["revision"]
         targets[target] = None
-        for path in (p for p in folder.iterdir() if p.suffix in (".json", ".csv", ".png")):
-            with atomic_path(target / folder.parent.name / folder.name / path.name) as copy:
-                shutil.copyfile(path, copy)
+        place = target / folder.parent.name / folder.name
+        (place / "metrics.json").unlink(missing_ok=True)  # what makes a run comes last
+        files = {p.name: p for p in folder.iterdir() if p.suffix in (".json", ".csv", ".png")}
+        for stale in [p for p in place.glob("*") if p.name not in files]:
+            stale.unlink()
+        for name in sorted(files, key=lambda name: name == "metrics.json"):
+            with atomic_path(place / name) as copy:
+                shutil.copyfile(files[name], copy)
     return list(targets)
 
 

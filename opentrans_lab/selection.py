@@ -37,7 +37,7 @@ def selection_table(
 def speed_table(lab: Lab, recipe: Recipe, config: PruneConfig, selects: str) -> pd.DataFrame:
     """Savings of each selection that ``recipe`` has made, on paper and in measured steps.
 
-    See ``speed.savings``; on ``lab``'s device.
+    See ``speed.savings``; on one of ``lab``'s devices, with its share of a batch.
     """
     backbone, mask = row_start(lab, recipe.row, config)
     model = build(recipe.framework, backbone, recipe.preset, **framework_options(lab, recipe))
@@ -46,7 +46,8 @@ def speed_table(lab: Lab, recipe: Recipe, config: PruneConfig, selects: str) -> 
         select: segment_stage(lab, replace(recipe, select=select), config).frozen
         for select in order
     }
-    batch = next(lab.batches(recipe.batch_size, recipe.seed, recipe.images or None)(0))
+    share = recipe.batch_size // lab.devices  # what one device has held in training
+    batch = next(lab.batches(share, recipe.seed, recipe.images or None)(0))
     found = step_costs(
         model, lambda b: model.loss(model(b["images"]), b), batch, frozen, device=lab.device,
         precision=recipe.precision,

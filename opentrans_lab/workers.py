@@ -17,6 +17,7 @@ from queue import Empty, Queue
 from uuid import uuid4
 
 import dask
+from dask.system import CPU_COUNT
 from distributed import (
     Client,
     Future,
@@ -67,7 +68,7 @@ def run_on_workers(
         started: told the job's key and its worker when it begins. ended: its key and result.
 
     Raises:
-        LabError: no scheduler answers at the address.
+        LabError: no scheduler answers at the address, or no longer.
     """
     waiting, running = dict(jobs), {}
     topic = f"opentrans-lab-{uuid4()}"  # another grid may run on the same scheduler
@@ -96,15 +97,31 @@ def run_on_workers(
         if not client.nthreads():
             tqdm.write(f"waiting for a worker at {client.scheduler.address} …")
         while running or (waiting and not late()):
-            fill()
+            with _answering(scheduler):
+                fill()
             try:
                 future = ends.get(timeout=POLL)
             except Empty:
                 continue
+            with _answering(scheduler):
+                if future.status in ("cancelled", "lost"):
+                    raise OSError("it has forgotten this grid")
             i = running.pop(future)
             fine = future.status == "finished"
             ended(i, future.result() if fine else _lost(jobs[i], future.exception()))
             future.release()  # or dask would run it again if its worker died later
+
+
+@contextmanager
+def _answering(scheduler: str) -> Iterator[None]:
+    """A scheduler that dies under a grid is said to have done so, with what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise LabError(
+            f"the scheduler at {scheduler} no longer answers ({error}); start it and its workers "
+            "again and run the same command, which goes on after what has finished"
+        ) from error
 
 
 def _told(variable: str) -> bool:
@@ -210,7 +227,7 @@ def share(i: int, workers: int) -> dict[str, str]:
     """
     import torch
 
-    cores = max(1, len(os.sched_getaffinity(0)) // workers)
+    cores = max(1, CPU_COUNT // workers)
     found = {name: os.environ.get(name, str(cores)) for name in THREADS}
     gpus = [str(k) for k in range(torch.cuda.device_count())]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):

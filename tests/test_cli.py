@@ -54,6 +54,8 @@ def test_run_with_parameters_and_report(lab, runs):
         (("campaign", "--grid", "one.yaml", "--minutes", "nan"), "nan minutes must be 0 or more"),
         (("plan", "one.yaml", "--images-per-second", "nan"), "must be a number above 0"),
         (("run", "one.yaml", "--workers", "2", "--scheduler", "tcp://x:1"), "leave --workers out"),
+        (("run", "01_tiny.ipynb", "--workers", "0"), "--workers and --scheduler go with a grid"),
+        (("plan", "one.yaml", "--out", "."), "--out . is a folder; name a file in it"),
         (("data", "check", "nope"), "nope"),
     ],
 )

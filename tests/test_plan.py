@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,24 +13,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opentrans_lab import plan as planning
+from opentrans_lab import work as working
 from opentrans_lab.batch import run_grid
 from opentrans_lab.cli import main
 from opentrans_lab.errors import LabError
 from opentrans_lab.frameworks import FRAMEWORKS, build
 from opentrans_lab.grids import Job, load_grid
 from opentrans_lab.lab import Lab
-from opentrans_lab.plan import (
-    describe_plan,
-    measured,
-    past_speed,
-    plan,
-    reference,
-    step_macs,
-    work_of,
-)
+from opentrans_lab.plan import describe_plan, measured, past_speed, plan, reference
 from opentrans_lab.prune import PruneConfig, Student, distillation
 from opentrans_lab.speed import step_costs
 from opentrans_lab.tuning import framework_options
+from opentrans_lab.work import step_macs, work_of
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 TINY = dict(
@@ -116,7 +111,7 @@ def test_pruning_costs_what_a_real_step_multiplies(monkeypatch):
     (work,) = [w for w in work_of(job("03_transfer", rows="ours", prune_batch_size=2, prune_steps=1,
                density=0.25, p=0.5)) if w.kind == "prune"]  # fmt: skip
     batch = next(lab.batches(2, 0)(0))
-    monkeypatch.setattr(planning, "REGIONS", sum(len(m) for m in batch["masks"]))
+    monkeypatch.setattr(working, "REGIONS", sum(len(m) for m in batch["masks"]))
     backbone, teacher = lab.load(), lab.load().requires_grad_(False)
     student = Student(backbone)
     objective = distillation(student, teacher, config)
@@ -158,6 +153,44 @@ def test_notebooks_share_their_stages():
     assert {*stages["06_qualitative"]} <= {*stages["03_transfer"]}
     assert stages["02_prune_imp"][0] in stages["03_transfer"]
     assert stages["02_prune_imp"][1] not in stages["03_transfer"], "of another seed"
+
+
+def test_the_papers_grid_pays_what_two_tables_share_once(runs):
+    """Full fine-tuning of 04 is the dense and the pruned row of 03, at the same rates."""
+    jobs = load_grid(NOTEBOOKS / "grids" / "paper.yaml")
+    works = [work for one in jobs for work in work_of(one) if work.recipe]
+    assert len({(w.recipe.lr, w.recipe.backbone_lr, w.recipe.batch_size) for w in works}) == 1
+    rows = {w.folder for one in jobs if one.notebook.stem == "03_transfer" for w in work_of(one)}
+    full = {w.folder for one in jobs if one.notebook.stem.startswith("04") for w in work_of(one)
+            if w.recipe and w.recipe.select == "none"}  # fmt: skip
+    assert len(full) == 6 and full <= rows
+
+
+def test_devices_share_a_batch_in_the_plan_as_in_the_run(runs):
+    one, four = (work_of(job("03_transfer", rows="dense", devices=n, batch_size=16))[0]
+                 for n in (1, 4))  # fmt: skip
+    assert one.folder == four.folder and one.macs == four.macs
+    least = work_of(job("03_transfer", rows="dense", batch_size=4))[0]
+    assert four.memory == least.memory < one.memory
+    with pytest.raises(LabError, match="batch_size=28 cannot be shared by devices=8; use .*=7"):
+        work_of(job("03_transfer", rows="dense", devices=8, batch_size=28))
+
+
+def test_a_small_device_is_measured_with_as_many_pictures_as_fit():
+    def steps(pictures, room):
+        if pictures > room:
+            raise torch.OutOfMemoryError
+        return 10.0 * pictures
+
+    assert planning._fitting(partial(steps, room=64), 28) == (280.0, 28)
+    assert planning._fitting(partial(steps, room=8), 28) == (70.0, 7)
+    with pytest.raises(LabError, match="not even two pictures .* give --images-per-second"):
+        planning._fitting(partial(steps, room=1), 28)
+
+
+def test_numbers_of_parameters_stay_whole_beside_runs_that_lack_them(runs):
+    table = plan([job("03_transfer", seed=1), job("02_prune_imp")], 1e12)
+    assert " 1.0" not in describe_plan(table).splitlines()[1]
 
 
 def test_what_cannot_be_planned_says_so(runs):

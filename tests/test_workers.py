@@ -16,10 +16,12 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
+from dask.system import CPU_COUNT
 
 from opentrans_lab.batch import run_grid
 from opentrans_lab.errors import LabError
 from opentrans_lab.grids import Job
+from opentrans_lab.results import PROJECT, load
 from opentrans_lab.workers import THREADS, share
 
 SAVE = 'run.save({"value": seed * scale, "threads": __import__("os").environ["OMP_NUM_THREADS"]})'
@@ -100,7 +102,7 @@ def test_two_workers_give_what_one_gives(
         assert [r.job.parameters for r in results] == [job.parameters for job in jobs]
         records = [json.loads((r.folder / "metrics.json").read_text()) for r in results]
         found[workers] = [r["metrics"] for r in records]
-        cores = max(1, len(os.sched_getaffinity(0)) // workers)
+        cores = max(1, CPU_COUNT // workers)
         assert found[workers][0].pop("threads") == (str(cores) if workers == 2 else "1")
     for metrics in (*found[1], *found[2]):
         metrics.pop("threads", None)
@@ -110,6 +112,22 @@ def test_two_workers_give_what_one_gives(
     again = run_grid(jobs, workers=2)
     assert [r.status for r in again] == ["finished before"] * 4
     assert "OPENTRANS_STAGE" not in os.environ
+
+
+def test_models_trained_on_two_workers_are_those_of_one(tmp_path, runs, monkeypatch):
+    """Real pruning, transfer and evaluation, a thread each, two at a time and one by one."""
+    for name in THREADS:
+        monkeypatch.setenv(name, "1")
+    small = dict(size=64, density=0.25, p=0.5, prune_steps=1, prune_batch_size=2, steps=3,
+                 batch_size=4, eval_images=4, device="cpu", rows="dense ours")  # fmt: skip
+    jobs = [Job(PROJECT / "notebooks/03_transfer.ipynb", small | {"seed": s}) for s in (0, 1)]
+    found = {}
+    for workers in (1, 2):
+        monkeypatch.setenv("OPENTRANS_RUNS", str(tmp_path / str(workers)))
+        results = run_grid(jobs, workers=workers)
+        assert [r.status for r in results] == ["ok"] * 2, [r.error for r in results]
+        found[workers] = [load(r.folder)["metrics"]["miou"] for r in results]
+    assert found[1] == found[2] and found[1][0] != found[1][1]
 
 
 def test_a_killed_worker_loses_no_finished_run(tmp_path, runs, write_notebook):
@@ -140,14 +158,18 @@ def test_a_killed_worker_loses_no_finished_run(tmp_path, runs, write_notebook):
     assert all(p.stat().st_mtime_ns == at for p, at in before.items())
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_ctrl_c_and_sigkill_leave_nothing_half_written(tmp_path, runs, write_notebook, how):
+@pytest.mark.parametrize(
+    "how, workers", [(signal.SIGINT, 2), (signal.SIGKILL, 2), (signal.SIGINT, 1)]
+)
+def test_ctrl_c_and_sigkill_leave_nothing_half_written(
+    tmp_path, runs, write_notebook, how, workers
+):
     hold = f"{WAIT}\nwhile seed and not (root / 'go').exists(): time.sleep(0.1)"
     write_notebook(tmp_path / "01_tiny.ipynb", hold, SAVE)
     (tmp_path / "grid.yaml").write_text(GRID)
-    command = started(tmp_path / "grid.yaml", "--workers", "2")
+    command = started(tmp_path / "grid.yaml", "--workers", str(workers))
     wait_for(lambda: finished(runs))
-    wait_for(lambda: workers_of(command)[1:])
+    wait_for(lambda: workers_of(command)[workers - 1 :])
     family = psutil.Process(command.pid).children(recursive=True)
     if how == signal.SIGINT:
         os.killpg(command.pid, how)  # as the terminal does: to all of them
@@ -240,6 +262,26 @@ def test_workers_of_someone_elses_scheduler_join_late_and_see_the_callers_data(
     assert f"waiting for a worker at {address}" in said and "3 run now" in said
 
 
+def test_a_scheduler_that_dies_under_a_grid_is_said_to_have(
+    tmp_path, runs, write_notebook, cluster
+):
+    address, add_worker = cluster
+    add_worker()
+    hold = f"{WAIT}\nwhile seed and not (root / 'go').exists(): time.sleep(0.1)"
+    write_notebook(tmp_path / "01_tiny.ipynb", hold, SAVE)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    command = started(tmp_path / "grid.yaml", "--scheduler", address)
+    wait_for(lambda: finished(runs))
+    (scheduler,) = [
+        p for p in psutil.Process().children() if "dask_scheduler" in " ".join(p.cmdline())
+    ]
+    scheduler.kill()
+    said = command.communicate(timeout=120)[0]
+    assert command.returncode == 2 and "Traceback" not in said, said
+    assert f"the scheduler at {address} no longer answers" in said
+    assert "goes on after what has finished" in said and len(finished(runs)) == 1
+
+
 def test_two_grids_on_one_scheduler_hear_of_their_own_jobs(
     tmp_path, runs, write_notebook, cluster
 ):
@@ -296,8 +338,7 @@ def test_workers_share_gpus_and_cores(monkeypatch, environment):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a")
     assert [share(i, 2)["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["5", "GPU-a"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    cores = len(os.sched_getaffinity(0))
-    assert share(0, 2) == dict.fromkeys(THREADS, str(max(1, cores // 2)))
+    assert share(0, 2) == dict.fromkeys(THREADS, str(max(1, CPU_COUNT // 2)))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert share(0, 2)["OMP_NUM_THREADS"] == "3"
 
