@@ -76,17 +76,15 @@ def spread(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
 def check_shares(lab: Lab, recipe: Recipe) -> None:
     """Refuse a batch that ``lab.devices`` cannot share; plans ask, too."""
     size, count = recipe.batch_size, lab.devices
-    if size % count:
-        near = [k for k in range(count, 0, -1) if size % k == 0][0]
-        raise LabError(
-            f"batch_size={size} cannot be shared by devices={count}; use devices={near}, or a "
-            f"multiple of {count}"
-        )
-    if size < 2 * count and count > 1 and recipe.norm != "eval":
-        raise LabError(
-            f"batch_size={size} leaves one picture to each of devices={count}, and "
-            'batch normalisation needs two; use a larger batch, or norm="eval"'
-        )
+    least = 1 if recipe.norm == "eval" or count == 1 else 2
+    if size % count == 0 and size >= least * count:
+        return
+    fits = max(k for k in range(1, count + 1) if size % k == 0 and size >= min(k, 2) * k)
+    why = ", for batch normalisation needs two pictures on each" if size % count == 0 else ""
+    raise LabError(
+        f"batch_size={size} cannot be shared by devices={count}{why}; use devices={fits}, or a "
+        f"larger multiple of {count}" + (' (or norm="eval")' if why else "")
+    )
 
 
 def _loopback() -> dict[str, str]:

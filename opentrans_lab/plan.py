@@ -117,12 +117,12 @@ def _fitting(steps: Callable[[int], float], batch_size: int) -> tuple[float, int
         try:
             return steps(batch_size), batch_size
         except torch.OutOfMemoryError as error:
-            if batch_size < 4:
+            if batch_size <= 2:
                 raise LabError(
                     "not even two pictures of a training step fit into this device's memory; give "
                     "--images-per-second, or a smaller size"
                 ) from error
-            batch_size //= 2
+            batch_size = max(2, batch_size // 2)
 
 
 def past_speed(jobs: Sequence[Job]) -> float:

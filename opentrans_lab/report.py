@@ -31,6 +31,7 @@ from .results import PROJECT, records, revision, runs_root
 
 OURS = 'content="opentrans-lab"'  # in every page of ours: such a folder may be replaced
 CLAIMS = "claims"  # a run's table that the site begins with, of several the newest
+WIDE = 24  # letters of a parameter that still stands in a table of runs
 ROWS, OPEN_ROWS = 60, 14  # of a table: shown at most, and shown without a click
 
 
@@ -204,9 +205,14 @@ def _words(path: Path) -> str:
 
 
 def _compared(runs: list[dict]) -> pd.DataFrame:
-    """Runs of one notebook side by side: the parameters that vary, then their common metrics."""
+    """Runs of one notebook side by side: the parameters that vary, then their common metrics.
+
+    Lists of words would push all else out of sight; each run's own card has them.
+    """
     parameters = pd.DataFrame([run["record"]["parameters"] for run in runs])
-    varying = parameters.loc[:, parameters.astype(str).nunique() > 1]
+    texts = parameters.astype(str)
+    short = texts.apply(lambda column: column.str.len().max()) <= WIDE
+    varying = parameters.loc[:, (texts.nunique() > 1) & short]
     metrics = pd.DataFrame([run["metrics"] for run in runs]).dropna(axis=1, how="all")
     return pd.concat([varying, metrics.iloc[:, :10].map(number)], axis=1)
 

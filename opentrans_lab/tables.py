@@ -34,8 +34,8 @@ def experiment(params: dict, seedless: bool = False) -> str:
 def lines(
     notebook: str, table: str, mine: tuple[dict, pd.DataFrame] | None = None, **parameters
 ) -> pd.DataFrame:
-    """All lines of ``<table>.csv`` of a notebook's finished runs, each once: of several runs that
-    made the same one (they may differ in ``BESIDE``), the newest's.
+    """All lines of ``<table>.csv`` of a notebook's finished runs, each once: where several runs
+    made the same one (they may differ in ``BESIDE``), of each column the newest value.
 
     Args:
         mine: parameters and table of a run that is not saved yet, to count as well.
@@ -49,9 +49,10 @@ def lines(
     for folder, record in records(notebook):
         if (folder / f"{table}.csv").exists():
             own = ADDED | record["parameters"]
+            found.pop(experiment(own), None)  # and comes back as the newest
             found[experiment(own)] = (own, pd.read_csv(folder / f"{table}.csv"), str(folder))
     if mine:
-        found.pop(experiment(mine[0]), None)  # and comes back as the newest
+        found.pop(experiment(mine[0]), None)
         found[experiment(mine[0])] = (ADDED | mine[0], mine[1], "")
     parts = []
     for own, part, folder in found.values():
@@ -62,8 +63,8 @@ def lines(
         return pd.DataFrame()
     every = pd.concat(parts, ignore_index=True)
     same = [c for c in every if c in ("seed", *WHICH) or c.startswith("parameters.")]
-    once = every.drop_duplicates([c for c in same if c not in BESIDE], keep="last")
-    return once.reset_index(drop=True)
+    same = [c for c in same if c not in BESIDE]
+    return every.groupby(same, sort=False, dropna=False, as_index=False).last()
 
 
 def differing(found: pd.DataFrame) -> list[str]:

@@ -103,12 +103,13 @@ def run_on_workers(
                 future = ends.get(timeout=POLL)
             except Empty:
                 continue
+            i = running.pop(future)
             with _answering(scheduler):
                 if future.status in ("cancelled", "lost"):
                     raise OSError("it has forgotten this grid")
-            i = running.pop(future)
-            fine = future.status == "finished"
-            ended(i, future.result() if fine else _lost(jobs[i], future.exception()))
+                fine = future.status == "finished"
+                result = future.result() if fine else _lost(jobs[i], future.exception())
+            ended(i, result)
             future.release()  # or dask would run it again if its worker died later
 
 
@@ -118,6 +119,10 @@ def _answering(scheduler: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not scheduler:  # our own is a part of this process
+            raise
+        for name in ("distributed", "distributed.client"):  # which would bury it in tracebacks
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         raise LabError(
             f"the scheduler at {scheduler} no longer answers ({error}); start it and its workers "
             "again and run the same command, which goes on after what has finished"

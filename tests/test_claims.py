@@ -94,7 +94,15 @@ def test_both_together_keep_accuracy_only_at_a_lower_cost():
     assert judged(fourth=both(20.0)).loc["C4", "verdict"] == "does not hold"
     assert judged(fourth=both(30.0, training=101.0)).loc["C4", "verdict"] == "does not hold"
     dear = pd.concat([both(30.0, frameworks=["a"]), both(30.0, 101.0, frameworks=["b"])])
-    assert judged(fourth=dear).loc["C4", "verdict"] == "mixed"  # a setting's cost is its own
+    line = judged(fourth=dear).loc["C4"]
+    assert line["verdict"] == "mixed"  # a setting's cost is its own, and tells nothing of accuracy
+    assert "within 3.7 points in 2 of 2 and further off in 0 of 2" in line["evidence"]
+    dear.loc[(dear["parameters.framework"] == "a") & (dear["seed"] == 1), "training"] = 102.0
+    assert judged(fourth=dear).loc["C4", "verdict"] == "does not hold"  # the dearest seed counts
+    alone = dear[(dear["parameters.framework"] == "a") | (dear["has"] == "neither")]
+    assert judged(fourth=alone).loc["C4", "evidence"].endswith("not tested in b")
+    unknown = both(30.0, float("nan"), frameworks=["a"])
+    assert judged(fourth=unknown).loc["C4", "verdict"] == UNTESTED
     mixed = pd.concat([both(30.0, frameworks=["a"]), both(20.0, frameworks=["b"])])
     assert judged(fourth=mixed).loc["C4", "verdict"] == "mixed"
 
@@ -129,7 +137,33 @@ def test_one_seed_decides_nothing_where_there_are_several():
     assert "with one seed, which decides nothing, in 0 of 1" in table["evidence"]
     less = both(10.0, frameworks=["b"]).query("seed == 0").assign(**{rate: 0.0})
     table = judged(fourth=pd.concat([both(30.0).assign(**{rate: 0.1}), less])).loc["C4"]
-    assert table["verdict"] == "holds" and "lost in 1 of 1" in table["evidence"]
+    assert table["verdict"] == "holds" and "further off in 1 of 1" in table["evidence"]
+
+
+def test_a_rival_that_ran_once_takes_no_seed_from_the_others():
+    found = transfer([5, 6, 5.5])
+    once = found[~((found["row"] == "random_global") & (found["seed"] > 0))]
+    once.loc[once["row"] == "random_global", "seen"] = 99.0
+    line = judged(once).loc["C1"]
+    assert line["verdict"] == "holds" and "(wins 2), +5.5 to +5.5" in line["evidence"]
+    apart = found[(found["row"] != RANDOM[0]) | (found["seed"] == 0)]
+    apart = apart[(apart["row"] != RANDOM[1]) | (apart["seed"] > 0)]
+    assert judged(apart).loc["C1", "verdict"] == "holds"
+
+
+def test_the_trained_control_is_told_beside_and_decides_nothing():
+    found = transfer([5, 6, 5.5])
+    found.loc[found["row"] == "random_layerwise_kd", "seen"] += 50
+    table = judged(found)
+    assert table.loc[["C1", "C2"], "verdict"].tolist() == ["holds", "holds"]
+    told = "as much L_KD as ours included, in 0 of 2 settings (loses 2)"
+    assert told in table.loc["C1", "evidence"] and "L_KD" not in table.loc["C2", "evidence"]
+
+
+def test_small_alpha_is_judged_regime_by_regime_and_against_all_three_or_not_at_all():
+    good, bad = selection([33, 33.5, 32.8]), selection([29.5, 29.4, 29.6]).assign(regime="few")
+    assert judged(third=pd.concat([good, bad])).loc["C3", "verdict"] == "mixed where tested"
+    assert judged(third=good[good["select"] != "high_alpha"]).loc["C3", "verdict"] == UNTESTED
 
 
 def test_what_counts_as_kept_is_what_the_paper_keeps():

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from opentrans_lab.batch import run_notebook
+from opentrans_lab.devices import check_shares
 from opentrans_lab.errors import LabError, OutOfTime
 from opentrans_lab.experiment import segment_stage
 from opentrans_lab.lab import Lab
@@ -86,8 +87,14 @@ def test_what_cannot_be_shared_is_refused(root):
     root("none")
     with pytest.raises(LabError, match="batch_size=4 cannot be shared by devices=3"):
         segment_stage(replace(LAB, devices=3), RECIPE, PRUNING)
-    with pytest.raises(LabError, match="leaves one picture to each of devices=2"):
+    with pytest.raises(LabError, match="needs two pictures on each; use devices=1"):
         segment_stage(replace(LAB, devices=2), replace(RECIPE, batch_size=2, norm="train"), PRUNING)
+    for size, count, fits in ((28, 8, 7), (7, 8, 1), (8, 8, 4), (16, 5, 4)):
+        recipe = replace(RECIPE, batch_size=size, norm="train")
+        with pytest.raises(LabError, match=f"devices={count}.* use devices={fits},"):
+            check_shares(replace(LAB, devices=count), recipe)
+        check_shares(replace(LAB, devices=fits), recipe)
+    check_shares(replace(LAB, devices=8), replace(RECIPE, batch_size=8))  # norm="eval"
     with pytest.raises(LabError, match="devices=0"):
         replace(LAB, devices=0)
 

@@ -184,6 +184,7 @@ def test_a_small_device_is_measured_with_as_many_pictures_as_fit():
 
     assert planning._fitting(partial(steps, room=64), 28) == (280.0, 28)
     assert planning._fitting(partial(steps, room=8), 28) == (70.0, 7)
+    assert planning._fitting(partial(steps, room=2), 28) == (20.0, 2)
     with pytest.raises(LabError, match="not even two pictures .* give --images-per-second"):
         planning._fitting(partial(steps, room=1), 28)
 

@@ -199,6 +199,23 @@ def test_a_line_that_two_runs_made_counts_once_with_the_newest(runs):
     assert lines("03_toy", "transfer", mine)["seen"].tolist() == [3.0]
 
 
+def test_a_narrower_run_takes_nothing_away(runs):
+    """Costs in percent of a line that the second run did not make, and a first one run again."""
+    for params, table in (
+        ({"regimes": "plenty pruned"}, {"seen": [10.0, 9.0], "training": [100.0, 60.0]}),
+        ({"regimes": "pruned"}, {"seen": [8.0], "training": [math.nan]}),
+    ):
+        has = ["neither", "both"][-len(table["seen"]) :]
+        Run("04_toy", {"seed": 0} | params).save({}, both=pd.DataFrame({"has": has, **table}))
+        time.sleep(1.1)  # records are ordered by the second
+    line = lines("04_toy", "both").set_index("has").loc["both"]
+    assert (line["seen"], line["training"]) == (8.0, 60.0)
+    again = {"seed": 0, "regimes": "plenty pruned", "devices": 2}
+    table = pd.DataFrame({"has": ["neither", "both"], "seen": [10.0, 7.0]})
+    Run("04_toy", again).save({}, both=table)
+    assert lines("04_toy", "both").set_index("has")["seen"].to_dict() == {"neither": 10, "both": 7}
+
+
 def test_published_runs_are_small_and_found_beside_the_own_ones(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENTRANS_RESULTS", str(tmp_path / "results"))
     for seed in (0, 1):
