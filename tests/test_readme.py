@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from inspect import signature
+from io import StringIO
 from statistics import mode
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from opentrans_lab import scenes
 from opentrans_lab.claims import (
@@ -354,6 +356,8 @@ def test_the_five_claims():
     assert cells("The paper's five claims") == [
         [f"{r.claim} {r.says}", r.verdict, r.evidence] for r in expected.itertuples()
     ]
+    shown = pd.read_csv(StringIO(Image.open(PROJECT / "docs" / "report.png").text["claims"]))
+    assert shown.to_dict() == expected.to_dict(), "python tests/shoot_report.py takes it anew"
 
 
 def test_path_checks_are_of_a_hundred_photographs_or_more():
@@ -361,3 +365,18 @@ def test_path_checks_are_of_a_hundred_photographs_or_more():
     images = [int(re.search(r"(\d+) images", pd.read_csv(t)["data"][0])[1]) for t in tables]
     assert len(tables) == 3 and min(images) >= 100
     assert "a hundred photographs or more each of COCO, VOC and CamVid" in README
+
+
+def test_times_of_the_demo():
+    """``demo.csv``: seconds of ``make demo`` and of each of its notebooks."""
+    table = pd.read_csv(RECORDS / "demo.csv").set_index("what")
+    assert set(table["device"]) == {"cpu, 2 threads"}
+    seconds = table["seconds"]
+    for notebook in seconds.index[seconds.index.str.match(r"\d\d_")]:
+        (line,) = [x for x in README.splitlines() if x.startswith(f"| [{notebook}](")]
+        taken = seconds[notebook]
+        told = f"{10 * round(taken / 10)} s" if taken < 55 else f"{round(taken / 60)} min"
+        assert line.strip("| ").split(" | ")[-1].startswith(told), (notebook, told)
+    assert sum(seconds.index.str.match(r"\d\d_")) == 7
+    assert 0.7 < seconds["make demo"] / 60 / 15 < 1.4
+    assert "the demo takes about a quarter of an hour" in README
