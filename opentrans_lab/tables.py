@@ -175,7 +175,7 @@ def cost_points(
     """
     columns = ["framework", "row", "GMACs", "params_M", "mIoU"]
     if found.empty:
-        return pd.DataFrame(columns=columns)
+        return pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[2:], float))
     named = {"parameters.framework": "framework", "macs": "GMACs", "params": "params_M"}
     parts = [part for _, part in found.groupby("parameters.framework", sort=False)]
     table = pd.concat([main_setting(part, "row", rows) for part in parts]).rename(

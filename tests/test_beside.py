@@ -12,9 +12,10 @@ import pytest
 
 from opentrans_lab.batch import run_notebook
 from opentrans_lab.beside import as_csv, cells, side_by_side
+from opentrans_lab.claims import UNTESTED
 from opentrans_lab.cost import printed_cells
 from opentrans_lab.report import build_report
-from opentrans_lab.results import PROJECT, Run
+from opentrans_lab.results import PROJECT, Run, load
 from opentrans_lab.tables import lines, main_setting, paper
 
 ROWS = ("dense", "ours", "random_layerwise")
@@ -125,6 +126,15 @@ def test_a_setting_that_fills_the_table_goes_before_one_with_more_seeds(runs, co
     for select in ("random", "high_alpha", "low_alpha"):
         cell = table.loc[(f"han, freeze {select}", "points to full")]
         assert cell.n == 2 and cell.ours == levels[select] - levels["none"]
+
+
+def test_05_says_what_it_can_before_anything_has_run(runs):
+    """As for a CLIP of one's own, of which nothing is published."""
+    result = run_notebook(PROJECT / "notebooks" / "05_paper_tables.ipynb", {"backbone": "RN50"})
+    assert result.status == "ok", result.error
+    verdicts = load(result.folder)["metrics"]["verdicts"]
+    assert [verdicts[f"C{i}"] for i in range(1, 5)] == [UNTESTED] * 4
+    assert verdicts["C5"] != UNTESTED
 
 
 def test_every_link_leads_to_its_run_on_the_page_and_in_the_report(runs):

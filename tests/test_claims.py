@@ -211,6 +211,7 @@ def test_the_papers_costs_are_counted_and_points_stand_beside_its_own(runs):
     found = transfer([5]).assign(macs=2e9, params=3e6)
     ours = cost_points(found)
     assert len(ours) == 2 * 3 and ours["GMACs"].eq(2).all()
-    figure = plots.cost_bubbles({"ours": ours, "theirs": theirs.reset_index(), "none": ours[:0]})
+    none = cost_points(NOTHING)
+    figure = plots.cost_bubbles({"ours": ours, "theirs": theirs.reset_index(), "none": none})
     assert [len(axis.texts) for axis in figure.axes] == [len(ours), 9, 0]
-    assert cost_points(NOTHING).empty
+    assert none.empty
