@@ -23,7 +23,14 @@ from tyro.conf import (
 from tyro.conf import subcommand as named
 
 from . import __version__
-from .commands import AlphaCommand, CostCommand, DataCommand, EvaluateCommand, MaskCommand
+from .commands import (
+    AlphaCommand,
+    CostCommand,
+    DataCommand,
+    EvaluateCommand,
+    MaskCommand,
+    check_out,
+)
 from .errors import LabError
 
 Parameters = UseAppendAction[tuple[tuple[str, str], ...]]
@@ -88,8 +95,7 @@ class PlanCommand:
         speed, how = self.images_per_second, "as given"
         if not 0 <= speed < math.inf:
             raise LabError(f"--images-per-second {speed} must be a number above 0")
-        if self.out and self.out.is_dir():
-            raise LabError(f"--out {self.out} is a folder; name a file in it")
+        check_out(self.out)
         jobs = load_grid(self.grid)
         work = reference(jobs)
         if not speed:

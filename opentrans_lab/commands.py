@@ -15,6 +15,12 @@ from tyro.conf import subcommand as named
 from .errors import LabError
 
 
+def check_out(out: Path | None) -> None:
+    """Refuse a folder before the work whose table it cannot take, and not after it."""
+    if out and out.is_dir():
+        raise LabError(f"--out {out} is a folder; name a file in it")
+
+
 @dataclass
 class AlphaCommand:
     """Fit a power law to the weight spectrum of every layer: which ones are well trained?"""
@@ -49,8 +55,7 @@ class AlphaCommand:
 
         if self.compare not in (None, "authors"):
             raise LabError(f"--compare {self.compare} is unknown; the one choice is authors")
-        if self.out and self.out.is_dir():
-            raise LabError(f"--out {self.out} is a folder; name a file in it")
+        check_out(self.out)
         weights = self._weights()
         table = layer_alphas(
             weights,

@@ -45,15 +45,15 @@ def lines(
         the table's columns, ``seed``, ``folder`` (of the run) and ``parameters.<name>`` of all
         parameters that make an experiment. Empty where nothing has run.
     """
+    made = [
+        (record["parameters"], pd.read_csv(folder / f"{table}.csv"), str(folder))
+        for folder, record in records(notebook)
+        if (folder / f"{table}.csv").exists()
+    ]
     found = {}
-    for folder, record in records(notebook):
-        if (folder / f"{table}.csv").exists():
-            own = ADDED | record["parameters"]
-            found.pop(experiment(own), None)  # and comes back as the newest
-            found[experiment(own)] = (own, pd.read_csv(folder / f"{table}.csv"), str(folder))
-    if mine:
-        found.pop(experiment(mine[0]), None)
-        found[experiment(mine[0])] = (ADDED | mine[0], mine[1], "")
+    for given, part, folder in [*made, (*mine, "")] if mine else made:
+        found.pop(experiment(given), None)  # and comes back as the newest
+        found[experiment(given)] = (ADDED | given, part, folder)
     parts = []
     for own, part, folder in found.values():
         if all(own.get(k) == v for k, v in parameters.items()):
@@ -62,8 +62,8 @@ def lines(
     if not parts:
         return pd.DataFrame()
     every = pd.concat(parts, ignore_index=True)
-    same = [c for c in every if c in ("seed", *WHICH) or c.startswith("parameters.")]
-    same = [c for c in same if c not in BESIDE]
+    same = [c for c in every if c.startswith("parameters.") and c not in BESIDE]
+    same += ["seed", *(c for c in WHICH if c in every)]
     return every.groupby(same, sort=False, dropna=False, as_index=False).last()
 
 

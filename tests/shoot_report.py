@@ -29,7 +29,7 @@ COLOURS = 128
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as runs:
-        os.environ["OPENTRANS_RUNS"] = runs
+        os.environ |= {"OPENTRANS_RUNS": runs, "OPENTRANS_RESULTS": str(PROJECT / "results")}
         done = run_notebook(PROJECT / "notebooks" / "05_paper_tables.ipynb")
         (page,) = build_report().parent.glob("05_paper_tables/*/index.html")
         claims = pd.read_csv(done.folder / "claims.csv").to_csv(index=False)
