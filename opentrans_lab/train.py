@@ -288,7 +288,8 @@ def _save(accelerator: Accelerator, out: Path, step: int, rows: list[dict]) -> P
     """Write ``out/step-N`` whole or not at all, then drop the older ones."""
     accelerator.wait_for_everyone()
     final, partial = Path(out) / f"step-{step}", Path(out) / f".partial-{step}"
-    accelerator.save_state(str(partial))
+    accelerator.save_state(str(partial))  # each process adds its own random state
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / "history.json").write_text(json.dumps(rows))
         if final.exists():

@@ -166,9 +166,12 @@ def _freezing(recipe: Recipe, folder: Path) -> dict[int, Callable[[nn.Module], N
 
 
 def _freeze_by_alpha(recipe: Recipe, folder: Path, step: int, model: nn.Module) -> None:
-    """Measure alpha and freeze; the choice is written down, so that a resumed run repeats it."""
+    """Measure alpha and freeze; the choice is written down, so that a resumed run repeats it.
+
+    One process decides for all: two that froze different layers would wait for each other.
+    """
     choice = folder / f"frozen-{step:06d}.json"
-    if not choice.exists():
+    if together()[0] == 0 and not choice.exists():
         trunk = {
             f"{name}.weight": module.weight.detach()
             for name, module in model.backbone.visual.named_modules()
@@ -182,6 +185,7 @@ def _freeze_by_alpha(recipe: Recipe, folder: Path, step: int, model: nn.Module) 
             save_table(alphas, folder / "alphas.csv")
         with atomic_path(choice) as path:
             path.write_text(json.dumps(names))
+    wait()
     unfreeze(model)
     if recipe.norm == "eval":
         hold_norms(model)

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from opentrans_lab.backbone import frozen_copy, load_backbone
@@ -48,9 +50,21 @@ def train(what: str, out: Path) -> None:
     config = TrainConfig(STEPS, 4, lr=1e-3, precision="fp32")
     batches = partial(data.batches, 4, 1)
     at = {2: lambda m: freeze(m, ["stem", "layer2.0.conv2"])}  # nobody waits for its gradients
+    if os.environ.get("RANK") == "1":
+        Accelerator.save_state = _late(Accelerator.save_state)
     done = fit(model, objective, batches, config, out / "checkpoints", at=at, device="cpu")
     if int(os.environ.get("RANK", 0)) == 0:
         (out / "losses.json").write_text(json.dumps(done.history.to_dict("list")))
+
+
+def _late(save):
+    """A checkpoint is whole when the slowest process has written its part."""
+
+    def slow(*args):
+        time.sleep(1)
+        return save(*args)
+
+    return slow
 
 
 @pytest.mark.parametrize("what", ["distil", *FRAMEWORKS])
@@ -67,6 +81,8 @@ def test_two_processes_train_as_one_with_the_doubled_batch(what, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         found[name] = json.loads((out / "losses.json").read_text())
         assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{STEPS}"]
+        parts = (out / "checkpoints" / f"step-{STEPS}").glob("random_states_*")
+        assert len(list(parts)) == (2 if launcher else 1)
     assert found["one"].keys() == found["two"].keys() and "loss" in found["one"]
     for term, values in found["one"].items():
         assert len(values) == STEPS
