@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -74,13 +73,9 @@ def browser():
 
     Of one test: its event loop would be in the way of the kernels of others.
     """
-    from playwright.sync_api import sync_playwright
+    import chromium  # beside the tests
 
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-    if found is None:
+    if chromium.found() is None:
         pytest.skip("no Chromium is installed (on Debian: apt-get install chromium)")
-    with sync_playwright() as play:
-        # Root, as in containers, has no sandbox; the pages are our own.
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        with play.chromium.launch(executable_path=found, args=arguments) as running:
-            yield running
+    with chromium.launched() as running:
+        yield running

@@ -132,11 +132,11 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
     A notebook is named relative to the grid's folder, the one above it or the lab's notebooks.
 
     Raises:
-        LabError: no such file, not YAML, an unknown key, notebook or parameter.
+        LabError: no such file, not YAML, a key twice, an unknown key, notebook or parameter.
     """
     path = Path(path)
     try:
-        grid = yaml.safe_load(path.read_text())
+        grid = yaml.load(path.read_text(), _OnceEach)
     except OSError as error:
         raise LabError(f"no grid {path}; give a .yaml of notebooks/grids") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -190,6 +190,16 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
     if outermost:
         jobs = _regroup(jobs, outermost, path)
     return jobs
+
+
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice: PyYAML lets the last one win, and a sweep is lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.MarkedYAMLError(problem=f"{twice!r} twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _named(parameters: object) -> bool:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import tempfile
 
+import chromium
 import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from playwright.sync_api import sync_playwright
 
 from opentrans_lab.batch import run_notebook
 from opentrans_lab.report import build_report
@@ -33,9 +32,7 @@ def main() -> None:
         done = run_notebook(PROJECT / "notebooks" / "05_paper_tables.ipynb")
         (page,) = build_report().parent.glob("05_paper_tables/*/index.html")
         claims = pd.read_csv(done.folder / "claims.csv").to_csv(index=False)
-        with sync_playwright() as play:
-            path = shutil.which("chromium") or shutil.which("chrome")
-            browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        with chromium.launched() as browser:
             tab = browser.new_page(viewport={"width": WIDE, "height": 900})
             tab.goto(page.as_uri())
             head, figure = tab.locator("table.words").first, tab.locator("img").first
@@ -43,7 +40,6 @@ def main() -> None:
             part = {"x": 0, "y": top["y"] - 10, "width": WIDE}
             part["height"] = low["y"] + low["height"] + 10 - part["y"]
             picture = Image.open(io.BytesIO(tab.screenshot(clip=part, full_page=True)))
-            browser.close()
     about = PngInfo()
     about.add_text(CLAIMS, claims)
     with atomic_path(PROJECT / "docs" / "report.png") as out:

@@ -93,6 +93,9 @@ def test_grid_multiplies_lists_and_keeps_the_order(tiny, tmp_path, write_noteboo
     ("text", "match"),
     [
         ("runs: [", "is no YAML"),
+        ("runs:\n- {notebook: 01_tiny, parameters: {seed: 0, seed: 1}}", "'seed' twice.*line 2"),
+        ("runs: [01_tiny]\nruns: [01_tiny]", "'runs' twice"),
+        ("? [a]\n: 1", "is no YAML"),
         ("hello", "must hold `runs`"),
         ("runs: [01_tiny]\nworker: 2", "must hold `runs`"),
         ("runs: [{notebok: 01_tiny}]", "must hold `notebook`"),
