@@ -33,6 +33,7 @@ OURS = 'content="opentrans-lab"'  # in every page of ours: such a folder may be 
 CLAIMS = "claims"  # a run's table that the site begins with, of several the newest
 WIDE = 24  # letters of a parameter that still stands in a table of runs
 ROWS, OPEN_ROWS = 60, 14  # of a table: shown at most, and shown without a click
+OPEN_METRICS = 24  # of a run: shown without a click
 
 
 def build_report(out: Path | None = None) -> Path:
@@ -155,6 +156,7 @@ def _card(folder: Path, record: dict, site: Path, pages: dict[str, str]) -> dict
         names = {name.partition("/")[0] for name in pages}
         text = TO_NOTEBOOK.sub(lambda x: _section_link(x[1], names, "../../index.html"), text)
         (target / "index.html").write_text(text, encoding="utf-8")
+    metrics = _flat(record["metrics"])
     figures, tables = sorted(folder.glob("[!.]*.png")), sorted(folder.glob("[!.]*.csv"))
     for path in (*figures, *tables):
         shutil.copy2(path, target / path.name)
@@ -163,7 +165,8 @@ def _card(folder: Path, record: dict, site: Path, pages: dict[str, str]) -> dict
         "record": record,
         "mini_lab": is_mini_lab(record["parameters"]),
         "changed": _changed(folder, record),
-        "metrics": _flat(record["metrics"]),
+        "metrics": metrics,
+        "short": len(metrics) <= OPEN_METRICS,
         "page": f"{href}/index.html" if page.is_file() else "",
         "figures": [{"name": _words(p), "href": f"{href}/{p.name}"} for p in figures],
         "tables": [_table(p, f"{href}/{p.name}") for p in tables],
