@@ -17,9 +17,11 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -143,12 +145,11 @@ def _tell(folder: Path, end: dict, always: bool = False) -> None:
 
 def _die_with(parent: int) -> None:
     """A killed notebook cannot end what it started: nobody then waits for the result."""
-    while True:
-        time.sleep(1)
-        try:
-            os.kill(parent, 0)
-        except OSError:
-            os._exit(1)
+    with suppress(psutil.NoSuchProcess):
+        notebook = psutil.Process(parent)
+        while notebook.is_running() and notebook.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

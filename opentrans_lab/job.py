@@ -22,6 +22,7 @@ from uuid import uuid4
 
 import nbformat
 import papermill
+import psutil
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
@@ -208,6 +209,7 @@ def _execute(
             language="python",
             kernel_manager_class=kernels,
             progress_bar=sys.stderr.isatty(),
+            iopub_timeout=60,  # s for a cell's last outputs; on a busy machine 4 are too few
         )
     except PapermillExecutionError as error:
         if error.ename in ("LabError", "OutOfTime"):
@@ -245,7 +247,7 @@ def _staged(folder: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
     stage = folder.with_name(f"{prefix}{os.getpid()}-{uuid4().hex[:8]}")
     OWN.add(stage)
-    stage.mkdir()
+    stage.mkdir(parents=True)  # a runner that came to nothing may have removed the parent
     try:
         yield stage
     finally:
@@ -261,12 +263,11 @@ def _alive(pid: int) -> bool:
     if pid == os.getpid():
         return False
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        pass
-    return True
+    except psutil.AccessDenied:
+        return True
 
 
 def _publish(stage: Path, folder: Path, force: bool) -> None:
@@ -276,16 +277,15 @@ def _publish(stage: Path, folder: Path, force: bool) -> None:
     aside = stage.with_name(f"{stage.name}{ASIDE}")
     OWN.add(aside)
     try:
-        if folder.exists():
+        with suppress(FileNotFoundError):  # there is none, or another runner has put it aside
             os.rename(folder, aside)
         try:
             os.rename(stage, folder)
         except OSError:
-            if aside.exists() and not folder.exists():
-                os.rename(aside, folder)
-                raise
             if load(folder) is None:
                 raise
     finally:
+        if aside.exists() and not folder.exists():  # an error, or Ctrl-C, between the two
+            os.rename(aside, folder)
         shutil.rmtree(aside, ignore_errors=True)
         OWN.discard(aside)

@@ -134,17 +134,21 @@ def _alone(folder: Path) -> Iterator[None]:
 def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path, dict]:
     """``work(folder)``'s result, computed unless this stage has it; returns (folder, result).
 
-    Processes that want the same stage wait for the first, and say so. The runner's ``--force`` sets
+    Processes that want the same stage wait for the first, and say so. What ``work`` leaves in
+    ``folder/checkpoints`` goes when the result is on disk. The runner's ``--force`` sets
     ``OPENTRANS_FORCE`` to its own start (seconds since the epoch): older results are made anew.
     """
     folder = stage_folder(stage, params)
     done = folder / "result.json"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # its removal was cut short
         since = float(os.environ.get("OPENTRANS_FORCE", 0))
         made = [done] if done.exists() else [p for p in folder.rglob("*") if p.is_file()]
         if made and max(path.stat().st_mtime for path in made) < since:
-            shutil.rmtree(folder)
+            folder.rename(old)  # at once: a half-removed stage would pass for a whole one
+            shutil.rmtree(old)
         if not done.exists():
             folder.mkdir(exist_ok=True)
             try:
@@ -155,4 +159,7 @@ def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path
                 raise
             with atomic_path(done) as path:
                 path.write_text(json.dumps(result, indent=2))
+            now = max(time.time(), since)  # clocks jump, and those of file servers differ
+            os.utime(done, (now, now))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # last: what is killed needs them
     return folder, json.loads(done.read_text())["result"]

@@ -181,9 +181,8 @@ def newest(framework: str) -> Path:
     Raises:
         LabError: none was.
     """
-    done = sorted(
-        (runs_root() / "stages" / "segment").glob("*/result.json"), key=lambda p: p.stat().st_mtime
-    )
+    stages = runs_root() / "stages" / "segment"
+    done = sorted(stages.glob("[!.]*/result.json"), key=lambda p: p.stat().st_mtime)
     for path in reversed(done):
         if json.loads(path.read_text())["parameters"]["framework"] == framework:
             return path.parent

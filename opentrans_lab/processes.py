@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -36,6 +36,12 @@ def average(count: Tensor) -> Tensor:
         dist.all_reduce(count)
         count /= processes
     return count
+
+
+def same_buffers(model: nn.Module) -> None:
+    """The first process's buffers for all: each has normalised its own part of the last batch."""
+    for buffer in model.buffers() if together()[1] > 1 else ():
+        dist.broadcast(buffer, 0)
 
 
 def shared_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -213,9 +213,9 @@ def prune(
                 rows.append(_row(k, mask, history))
             _save(student, folder / "student.safetensors")
             save_table(history, folder / "history.csv")
-            shutil.rmtree(folder / "checkpoints")
-            if k > 1:
-                (out / f"round_{k - 1:02d}" / "student.safetensors").unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if k > 1:
+            (out / f"round_{k - 1:02d}" / "student.safetensors").unlink(missing_ok=True)
         if k == 0 and config.rewind:
             begin = {k: v.clone() for k, v in backbone.visual.state_dict().items()}
     return mask, pd.DataFrame(rows)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -52,21 +53,22 @@ def build_report(out: Path | None = None) -> Path:
         raise LabError(f"{out} exists and is no report; name another folder or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     site = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    old = site.with_name(site.name + "-old")
     try:
         _write(site)
         site.chmod(0o755)
-        old = site.with_name(site.name + "-old")
-        if out.exists():
+        with suppress(FileNotFoundError):  # there is none, or another report puts it aside
             out.rename(old)
         try:
             site.rename(out)
         except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
+            if not index.is_file():  # of another process, which was faster
+                raise
     finally:
+        if old.exists() and not out.exists():  # an error, or Ctrl-C, between the two
+            old.rename(out)
         shutil.rmtree(site, ignore_errors=True)
-        shutil.rmtree(site.with_name(site.name + "-old"), ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return index
 
 

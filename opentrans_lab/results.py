@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 from . import __version__
 from .errors import LabError
@@ -216,11 +217,11 @@ def load(folder: Path) -> dict | None:
         LabError: a ``metrics.json`` that is not ours.
     """
     path = Path(folder) / "metrics.json"
-    if not path.is_file():
-        return None
     try:
         record = json.loads(path.read_text())
         return record if record["status"] == "ok" and record["parameters"] is not None else None
+    except (FileNotFoundError, NotADirectoryError):  # or another runner replaces it just now
+        return None
     except (ValueError, KeyError, TypeError) as error:
         raise LabError(f"{path} is damaged; delete its folder and run again") from error
 
@@ -237,17 +238,20 @@ def publish(folders: list[Path]) -> list[Path]:
     committed: :func:`records` reads them beside the runs. Returns them.
     """
     targets = {}
-    for folder in folders:
-        target = results_root() / load(folder)["revision"]
-        targets[target] = None
-        place = target / folder.parent.name / folder.name
-        (place / "metrics.json").unlink(missing_ok=True)  # what makes a run comes last
-        files = {p.name: p for p in folder.iterdir() if p.suffix in (".json", ".csv", ".png")}
-        for stale in [p for p in place.glob("*") if p.name not in files]:
-            stale.unlink()
-        for name in sorted(files, key=lambda name: name == "metrics.json"):
-            with atomic_path(place / name) as copy:
-                shutil.copyfile(files[name], copy)
+    with FileLock(runs_root() / ".publish.lock"):  # two campaigns may end at the same time
+        for folder in folders:
+            if not (record := load(folder)):
+                continue  # it is being made anew
+            target = results_root() / record["revision"]
+            targets[target] = None
+            place = target / folder.parent.name / folder.name
+            (place / "metrics.json").unlink(missing_ok=True)  # what makes a run comes last
+            files = {p.name: p for p in folder.iterdir() if p.suffix in (".json", ".csv", ".png")}
+            for stale in [p for p in place.glob("*") if p.name not in files]:
+                stale.unlink()
+            for name in sorted(files, key=lambda name: name == "metrics.json"):
+                with atomic_path(place / name) as copy:
+                    shutil.copyfile(files[name], copy)
     return list(targets)
 
 

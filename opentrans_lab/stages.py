@@ -7,7 +7,6 @@ and ``experiment``'s, and hold no logic of their own.
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +97,6 @@ def row_start(lab: Lab, row: str, config: PruneConfig) -> tuple[Backbone, Mask |
                 backbone, lab.batches(config.batch_size, config.seed), config, budget, mask,
                 folder / "checkpoints", lab.device, teacher=lab.load(),
             )  # fmt: skip
-            shutil.rmtree(folder / "checkpoints")
             save_weights(backbone.visual, folder / "visual.safetensors")
             return {"steps": budget}
 

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .device import pick, seed_everything, use_bf16
 from .errors import LabError, OutOfTime, deadline
 from .masks import Mask
-from .processes import average, picture_seeds
+from .processes import average, picture_seeds, same_buffers
 
 Batch = dict
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -177,6 +177,7 @@ def fit(
     if board:
         board.close()
     accelerator.free_memory()
+    same_buffers(model)
     seconds = time.perf_counter() - began
     speed = (config.steps - start) * config.batch_size / seconds if start < config.steps else 0.0
     return Fit(pd.DataFrame(rows), speed or float("nan"), start)

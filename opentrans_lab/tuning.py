@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -133,7 +132,6 @@ def fine_tune(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> di
     if together()[0] == 0:
         save_weights(model, folder / "model.safetensors")
         done.history.to_csv(folder / "history.csv", index=False)
-        shutil.rmtree(folder / "checkpoints")
     trunk = [p for n, p in backbone.visual.named_parameters() if not n.startswith("attnpool.")]
     table = cost(recipe.framework, (lab.size,) * 2, mask, lab.backbone, recipe.preset)
     total = table.query("convention == 'uniform' and component == 'total'").iloc[0]
@@ -199,7 +197,7 @@ def _evaluate(model: nn.Module, lab: Lab, recipe: Recipe, folder: Path) -> dict[
         if split == "shifted" and lab.dataset != "scenes":
             continue
         data = lab.data(split, limit=recipe.eval_images or None)
-        progress = folder / "checkpoints" / split
+        progress = folder / "checkpoints" / split / str(together()[1])  # shares differ
         found = evaluate(model, data, recipe.batch_size, device=lab.device, out=progress)
         metrics |= {
             f"{prefix}all": 100 * found.miou,

@@ -23,5 +23,7 @@ def launched() -> Iterator[Browser]:
     # Root, as in containers, has no sandbox; the pages are our own.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as play:
-        with play.chromium.launch(executable_path=found(), args=arguments) as browser:
+        # A busy machine is no failure: playwright would wait for 30 seconds.
+        start = play.chromium.launch(executable_path=found(), args=arguments, timeout=300_000)
+        with start as browser:
             yield browser

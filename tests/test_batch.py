@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from opentrans_lab.batch import run_grid, run_notebook
 from opentrans_lab.errors import LabError
 from opentrans_lab.grids import Job, complete, defaults, load_grid
+from opentrans_lab.job import _alive
 from opentrans_lab.results import run_dir
 
 SAVE = 'run.save({"value": seed * scale})'
@@ -206,9 +209,8 @@ def test_two_runners_and_a_killed_one_leave_one_whole_run(tmp_path, runs, write_
     start = [sys.executable, "-c", code]
     killed = subprocess.Popen(start)
     folder = run_dir("01_slow", DEFAULTS)
-    for _ in range(600):
-        if list(folder.parent.glob(".*")):
-            break
+    while not list(folder.parent.glob(".*")):
+        assert killed.poll() is None
         time.sleep(0.1)
     killed.kill()
     killed.wait()
@@ -216,7 +218,7 @@ def test_two_runners_and_a_killed_one_leave_one_whole_run(tmp_path, runs, write_
     assert len(left) == 1 and left[0].name.startswith(f".{folder.name}@")
 
     both = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [p.communicate(timeout=120)[0].strip() for p in both]
+    said = [p.communicate(timeout=600)[0].strip() for p in both]
     assert [p.returncode for p in both] == [0, 0] and "ok" in said
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert {p.name for p in folder.iterdir()} == {"executed.ipynb", "report.html", "metrics.json"}
@@ -298,11 +300,44 @@ def test_the_old_run_stays_until_the_new_one_is_there(tiny, runs, monkeypatch):
         result = run_notebook(tiny, force=True)
     assert result.status == "failed" and "No space left on device" in result.error
     assert (old / "metrics.json").read_text() == record
+    def stopped(source, target):
+        if target == old and not str(source).endswith("-old"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", stopped)
+        run_notebook(tiny, force=True)
+    assert (old / "metrics.json").read_text() == record
     gone = 2**22 + 1  # more than any process's number
     rename(old, old.with_name(f".{old.name}@{socket.gethostname()}@{gone}-0123-old"))
     assert run_notebook(tiny).status in ("ok", "finished before")
     assert (old / "metrics.json").read_text() == record
     assert [p.name for p in old.parent.iterdir()] == [old.name]
+
+
+def test_a_run_that_another_runner_has_just_put_aside_is_in_nobodys_way(tiny, runs, monkeypatch):
+    old = run_notebook(tiny).folder
+    rename = os.rename
+
+    def late(source, target):
+        if source == old:
+            shutil.rmtree(old)
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", late)
+        assert run_notebook(tiny, force=True).status == "ok"
+    assert [p.name for p in old.parent.iterdir()] == [old.name]
+
+
+def test_a_dead_runner_that_nobody_has_buried_is_dead():
+    """In a container the first process may not ask for the ends of others."""
+    child = subprocess.Popen(["true"])
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not _alive(child.pid) and _alive(os.getppid())
+    child.wait()
 
 
 def test_kernel_is_this_python_whatever_is_registered(tmp_path, runs, write_notebook, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,6 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from opentrans_lab import evaluate
 from opentrans_lab.batch import run_notebook
 from opentrans_lab.devices import check_shares
 from opentrans_lab.errors import LabError, OutOfTime
@@ -83,6 +85,26 @@ def test_layers_freeze_in_all_processes_and_a_stopped_run_goes_on(root, monkeypa
     assert one.metrics["frozen_weights"] == two.metrics["frozen_weights"] > 0
 
 
+def test_an_interrupted_evaluation_goes_on_with_another_number_of_devices(root, monkeypatch):
+    """And the shares are of one model where each process has normalised its own pictures."""
+    root("interrupted")
+    recipe = replace(RECIPE, framework="deeplabv3", steps=2, norm="train")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "SAVE_SECONDS", -1.0)
+        patch.setattr(evaluate, "_together", stopped)  # after the last picture
+        with pytest.raises(KeyboardInterrupt):
+            segment_stage(LAB, recipe, PRUNING)
+    two = segment_stage(replace(LAB, devices=2), recipe, PRUNING)
+    assert not (two.folder / "checkpoints").exists()
+    root("uninterrupted")
+    one = segment_stage(LAB, recipe, PRUNING)
+    assert two.metrics["all"] == pytest.approx(one.metrics["all"], abs=0.5)
+
+
 def test_what_cannot_be_shared_is_refused(root):
     root("none")
     with pytest.raises(LabError, match="batch_size=4 cannot be shared by devices=3"):
@@ -97,6 +119,23 @@ def test_what_cannot_be_shared_is_refused(root):
     check_shares(replace(LAB, devices=8), replace(RECIPE, batch_size=8))  # norm="eval"
     with pytest.raises(LabError, match="devices=0"):
         replace(LAB, devices=0)
+
+
+def test_processes_end_with_a_notebook_that_nobody_has_buried():
+    notebook = subprocess.Popen(["sleep", "600"])
+    watch = f"from opentrans_lab.devices import _die_with; _die_with({notebook.pid})"
+    process = subprocess.Popen([sys.executable, "-c", watch])
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=10)
+    notebook.kill()  # a zombie until somebody waits for it
+    assert process.wait(timeout=120) == 1
+    notebook.wait()
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 KILLED = """
@@ -121,8 +160,8 @@ def test_processes_listen_on_the_loopback_alone_and_a_killed_notebook_leaves_non
     assert listening and all(ip_address(ip).is_loopback for ip in listening)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    end = time.time() + 60
-    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family):
+    end = time.time() + 600
+    while any(map(_runs, family)):
         assert time.time() < end, "they still run"
         time.sleep(0.2)
     assert not list(runs.glob("stages/segment/*/result.json"))

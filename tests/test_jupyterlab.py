@@ -23,7 +23,7 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-PATIENCE = 240_000  # milliseconds: a busy machine is no failure
+PATIENCE = 900_000  # milliseconds: a busy machine is no failure
 STREAMED = """() => {
     window.streamed = '';
     new MutationObserver(() => {
@@ -81,7 +81,7 @@ class Lab:
 
     def _wait(self, log):
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        for _ in range(240):
+        for _ in range(1800):
             try:
                 with direct.open(f"{self.url}/api?token={self.token}", timeout=5):
                     return
@@ -93,7 +93,11 @@ class Lab:
     def stop(self):
         """As Ctrl-C twice does: the server ends its kernels and goes."""
         self.process.terminate()
-        self.process.wait(60)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:  # how it ends is not what is tested
+            self.process.kill()
+            self.process.wait()
         self.log.close()
 
     def change(self, name, **parameters):
@@ -187,7 +191,7 @@ def test_two_devices_in_jupyterlab(browser, lab):
     """03 with its parameters changed: torchrun's progress comes into the notebook as it goes."""
     lab.change(
         "03_transfer", devices=2, device="cpu", rows="dense ours", density=0.5, p=0.5, size=64,
-        prune_steps=1, prune_batch_size=2, steps=4, batch_size=4, eval_images=4,
+        prune_steps=1, prune_batch_size=2, steps=20, batch_size=4, eval_images=4,
     )  # fmt: skip
     page = lab.run_all(browser, "03_transfer")
     streamed = page.evaluate("window.streamed")

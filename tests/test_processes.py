@@ -17,6 +17,7 @@ from torch import nn
 
 from opentrans_lab.backbone import frozen_copy, load_backbone
 from opentrans_lab.data import load_dataset
+from opentrans_lab.evaluate import _digest
 from opentrans_lab.finetune import freeze, hold_norms
 from opentrans_lab.frameworks import FRAMEWORKS, build
 from opentrans_lab.losses import cap_regions
@@ -27,8 +28,8 @@ from opentrans_lab.train import TrainConfig, fit
 STEPS = 5
 
 
-def train(what: str, out: Path) -> None:
-    """Five steps of four pictures; writes losses and the last checkpoint."""
+def train(what: str, out: Path, norms: str = "held") -> None:
+    """Five steps of four pictures; writes losses, the last checkpoint and a digest a process."""
     torch.manual_seed(0)
     data = load_dataset("scenes", "train", size=64)
 
@@ -43,7 +44,8 @@ def train(what: str, out: Path) -> None:
         def objective(net, batch):
             return model.loss(net(batch["images"]), batch)
 
-    hold_norms(model)
+    if norms == "held":
+        hold_norms(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -53,7 +55,9 @@ def train(what: str, out: Path) -> None:
     if os.environ.get("RANK") == "1":
         Accelerator.save_state = _late(Accelerator.save_state)
     done = fit(model, objective, batches, config, out / "checkpoints", at=at, device="cpu")
-    if int(os.environ.get("RANK", 0)) == 0:
+    rank = int(os.environ.get("RANK", 0))
+    (out / f"model-{rank}").write_text(_digest(model))
+    if rank == 0:
         (out / "losses.json").write_text(json.dumps(done.history.to_dict("list")))
 
 
@@ -67,18 +71,24 @@ def _late(save):
     return slow
 
 
+LAUNCHERS = {"one": [], "two": "-m torch.distributed.run --standalone --nproc_per_node=2".split()}
+
+
+def _run(launcher: str, what: str, out: Path, *more: str) -> None:
+    out.mkdir()
+    command = [sys.executable, *LAUNCHERS[launcher], __file__, what, str(out), *more]
+    where = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=where)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("what", ["distil", *FRAMEWORKS])
 def test_two_processes_train_as_one_with_the_doubled_batch(what, tmp_path):
     """Batch norm on its running statistics, no dropout; points and capped regions are seeded."""
     found = {}
-    where = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, launcher in {"one": [], "two": torchrun}.items():
+    for name, launcher in LAUNCHERS.items():
         out = tmp_path / name
-        out.mkdir()
-        command = [sys.executable, *launcher, __file__, what, str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, env=where)
-        assert done.returncode == 0, done.stderr[-3000:]
+        _run(name, what, out)
         found[name] = json.loads((out / "losses.json").read_text())
         assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{STEPS}"]
         parts = (out / "checkpoints" / f"step-{STEPS}").glob("random_states_*")
@@ -88,6 +98,13 @@ def test_two_processes_train_as_one_with_the_doubled_batch(what, tmp_path):
         assert len(values) == STEPS
         assert found["two"][term] == pytest.approx(values, abs=1e-4, rel=0), term
     assert len(set(found["one"]["loss"])) == STEPS
+
+
+def test_all_processes_end_with_one_model_though_each_normalised_its_own_pictures(tmp_path):
+    """Else the shares of an evaluation would be of different models."""
+    _run("two", "distil", tmp_path / "two", "trained")
+    first, second = (tmp_path / "two" / f"model-{rank}" for rank in range(2))
+    assert first.read_text() == second.read_text()
 
 
 def test_a_picture_draws_the_same_numbers_whoever_its_neighbours_are():
@@ -126,4 +143,4 @@ def test_a_mean_of_nothing_is_nothing_and_can_be_differentiated():
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], Path(sys.argv[2]))
+    train(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

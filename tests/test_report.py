@@ -79,12 +79,14 @@ def test_every_link_resolves_inside_the_site(site):
 
 
 CELLS = ["2026-03-01", "1,000", "5144ce", "–", "2", "1e4", "-3.5 ± 1.0", "2026-01-02"]
+PATIENCE = 300_000  # milliseconds: a busy machine is no failure
 SORT = Path(opentrans_lab.__file__).parent / "site" / "sort.js"
 
 
 def on_a_phone(browser, *paths):
     """From the disk, as one opens it: no error in the console, no picture missing, no request."""
     page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.set_default_timeout(PATIENCE)
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -125,6 +127,7 @@ def test_it_reads_well_in_a_browser_and_its_tables_sort(site, browser):
     assert head.evaluate(read) == ["1", "0"] and head.get_attribute("aria-sort") == "descending"
     rows = "".join(f"<tr><td>{cell}</td></tr>" for cell in CELLS)
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     page.set_content(f"<table><thead><tr><th>x</th></tr></thead><tbody>{rows}</tbody></table>")
     page.add_script_tag(path=SORT)
     page.locator("th").click()
@@ -149,6 +152,7 @@ def test_the_tables_of_05_sort_whole_lines(browser):
                                              "a 268.2, countedpaper 268.0, difference +0.2"]),
     ):  # fmt: skip
         page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
         page.set_content(table.to_html())
         page.add_script_tag(path=SORT)
         page.locator("thead th", has_text=head).click()
@@ -240,6 +244,33 @@ def test_report_that_cannot_be_made_leaves_the_old_one(runs, tmp_path):
     with pytest.raises(LabError, match="damaged"):
         build_report(tmp_path / "site")
     assert index.read_text() == before and len(list(Path(tmp_path).iterdir())) == 2
+
+
+def test_two_reports_at_a_time_and_one_that_is_interrupted_leave_a_whole_one(runs, tmp_path):
+    """At its second rename another report is there already; or it is interrupted then."""
+    index = build_report(tmp_path / "site")
+    rename = Path.rename
+
+    def faster(path, target):
+        if target == tmp_path / "site" and not index.exists():
+            shutil.copytree(path, target)
+            index.write_text(index.read_text() + "<!-- the other's -->")
+        return rename(path, target)
+
+    def stopped(path, target):
+        if target == tmp_path / "site" and not path.name.endswith("-old"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", faster)
+        assert build_report(tmp_path / "site") == index
+        assert "the other's" in index.read_text()
+        patch.setattr(Path, "rename", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            build_report(tmp_path / "site")
+    assert "the other's" in index.read_text()
+    assert [p.name for p in tmp_path.iterdir() if p.name != "runs"] == ["site"]
 
 
 def test_numbers_and_times_read_well():

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
 import numpy as np
@@ -214,6 +215,25 @@ def test_a_narrower_run_takes_nothing_away(runs):
     table = pd.DataFrame({"has": ["neither", "both"], "seen": [10.0, 7.0]})
     Run("04_toy", again).save({}, both=table)
     assert lines("04_toy", "both").set_index("has")["seen"].to_dict() == {"neither": 10, "both": 7}
+
+
+def test_two_campaigns_publish_one_after_the_other(runs, tmp_path, monkeypatch):
+    run = Run("03_transfer", {"seed": 0})
+    run.save({"miou": 1})
+    inside, copy = [], shutil.copyfile
+
+    def slow(source, target):
+        inside.append(target)
+        time.sleep(0.2)
+        copy(source, target)
+        assert inside == [target], "one at a time"
+        inside.clear()
+
+    monkeypatch.setattr(shutil, "copyfile", slow)
+    with ThreadPoolExecutor() as both:
+        found = list(both.map(results.publish, [[run.dir, tmp_path / "being made anew"]] * 2))
+    assert found[0] == found[1] and len(found[0]) == 1
+    assert results.load(found[0][0] / "03_transfer" / run.dir.name)["metrics"] == {"miou": 1}
 
 
 def test_published_runs_are_small_and_found_beside_the_own_ones(runs, tmp_path, monkeypatch):

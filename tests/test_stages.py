@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -97,19 +98,78 @@ def test_forced_work_is_done_again(monkeypatch):
     assert calls == [1, 3]
 
 
+@pytest.fixture
+def cut_short(monkeypatch):
+    """``rmtree`` removes one file and is interrupted."""
+
+    def cut(folder, ignore_errors=False):
+        if Path(folder).exists():
+            next(p for p in Path(folder).rglob("*") if p.is_file()).unlink()
+            raise KeyboardInterrupt
+
+    def use(work, *args):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shutil, "rmtree", cut)
+            work(*args)
+
+    return use
+
+
+def _train(folder: Path) -> dict:
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    for name in ("weights", "moments"):
+        (folder / "checkpoints" / name).touch()
+    (folder / "model").touch()
+    return {"n": 1}
+
+
+def test_checkpoints_stay_until_the_result_is_there_and_then_go(monkeypatch, cut_short):
+    params = {"ends": "badly"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        cached("toy", params, _train)
+    (left,) = (p for p in (runs_root() / "stages" / "toy").iterdir() if (p / "model").exists())
+    assert len(list((left / "checkpoints").iterdir())) == 2, "it can go on"
+    cut_short(cached, "toy", params, _train)
+    assert (left / "checkpoints").exists()
+    folder, result = cached("toy", params, lambda _: {"n": 2})
+    assert folder == left and result == {"n": 1} and not (left / "checkpoints").exists()
+
+
+def test_a_stage_whose_removal_is_cut_short_is_made_anew(monkeypatch, cut_short):
+    params = {"removed": "half"}
+    folder, _ = cached("toy", params, _train)
+    os.utime(folder / "result.json", (0, 0))
+    with monkeypatch.context() as patch:
+        patch.setenv("OPENTRANS_FORCE", str(time.time()))
+        cut_short(cached, "toy", params, _train)
+    assert cached("toy", params, lambda folder: {"left": os.listdir(folder)})[1] == {"left": []}
+    assert not [p for p in folder.parent.iterdir() if p.name.startswith(f".{folder.name}.old")]
+
+
+def test_forced_work_is_done_once_though_a_clock_is_behind(monkeypatch):
+    monkeypatch.setenv("OPENTRANS_FORCE", str(time.time() + 3600))
+    calls = []
+    for _ in range(3):
+        cached("toy", {"clock": "behind"}, lambda folder: calls.append(1) or {})
+    assert calls == [1]
+
+
 def test_who_waits_for_a_stage_says_so_and_stops_at_the_deadline(monkeypatch, capsys):
-    """The other process is real, and holds the stage for some seconds."""
+    """The other process is real, and holds the stage until it is told to end."""
     code = (
-        "import time; from opentrans_lab.lab import cached\n"
-        "def work(folder): print('begun', flush=True); time.sleep(6); return {'n': 1}\n"
+        "import sys; from opentrans_lab.lab import cached\n"
+        "def work(folder): print('begun', flush=True); sys.stdin.read(); return {'n': 1}\n"
         "cached('slow', {'a': 1}, work)"
     )
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", code], **pipes)
     assert other.stdout.readline() == "begun\n"
     with monkeypatch.context() as patch:
         patch.setenv("OPENTRANS_DEADLINE", str(time.time() + 1))
         with pytest.raises(OutOfTime, match="another process still makes .*slow"):
             cached("slow", {"a": 1}, lambda folder: {"n": 2})
+    threading.Timer(5, other.stdin.close).start()
     assert cached("slow", {"a": 1}, lambda folder: {"n": 2})[1] == {"n": 1}
     assert capsys.readouterr().out.count("which another process makes") == 2
     assert other.wait(timeout=60) == 0

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http.client import HTTPException
 from ipaddress import ip_address
 from urllib.request import urlopen
@@ -30,6 +29,7 @@ import os, time
 from pathlib import Path
 root = Path(os.environ["OPENTRANS_RUNS"])
 """
+PATIENCE = 600  # seconds until something hangs; a busy machine is no failure
 GRID = "runs:\n  - notebook: 01_tiny\n    parameters: {seed: [0, 1, 2, 3]}\n"
 
 
@@ -57,8 +57,8 @@ def finished(runs):
     return sorted(runs.glob("*/[!.]*/metrics.json"))
 
 
-def wait_for(condition, seconds=120):
-    for _ in range(10 * seconds):
+def wait_for(condition):
+    for _ in range(10 * PATIENCE):
         if found := condition():
             return found
         time.sleep(0.1)
@@ -76,11 +76,21 @@ def answers_in_clear(port):
     return False
 
 
+def asked(ask, processes):
+    """``ask(process)`` of those that have not ended meanwhile: kernels start helpers."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            yield ask(process)
+
+
+def family_of(process):
+    return psutil.Process(process.pid).children(recursive=True)
+
+
 def workers_of(process):
     """The worker processes under their nannies: those that hold kernels."""
-    parents = [p.parent() for p in psutil.Process(process.pid).children(recursive=True)
-               if "ipykernel_launcher" in " ".join(p.cmdline())]  # fmt: skip
-    return list({p.pid: p for p in parents if p}.values())
+    found = asked(lambda p: (p.cmdline(), p.parent()), family_of(process))
+    return list({p.pid: p for line, p in found if p and "ipykernel_launcher" in line}.values())
 
 
 def test_two_workers_give_what_one_gives(
@@ -138,20 +148,16 @@ def test_a_killed_worker_loses_no_finished_run(tmp_path, runs, write_notebook):
     command = started(tmp_path / "grid.yaml", "--workers", "2")
     wait_for(lambda: finished(runs)[1:])
     before = {p: p.stat().st_mtime_ns for p in finished(runs)}
-    wait_for(lambda: workers_of(command)[1:])
-    workers = workers_of(command)
-    listening = [
-        c.laddr
-        for p in (psutil.Process(command.pid), *psutil.Process(command.pid).children(True))
-        for c in p.net_connections("inet")
-        if c.status == psutil.CONN_LISTEN
-    ]
+    workers = wait_for(lambda: (found := workers_of(command))[1:] and found)
+    everyone = psutil.Process(command.pid), *family_of(command)
+    sockets = [c for found in asked(lambda p: p.net_connections("inet"), everyone) for c in found]
+    listening = [c.laddr for c in sockets if c.status == psutil.CONN_LISTEN]
     assert listening and all(ip_address(a.ip).is_loopback for a in listening)
     assert not any(answers_in_clear(a.port) for a in {*listening})
     os.kill(workers[0].pid, signal.SIGKILL)
     time.sleep(1)
     (runs / "go").touch()
-    said = command.communicate(timeout=180)[0]
+    said = command.communicate(timeout=PATIENCE)[0]
     assert command.returncode == 0, said
     assert "4 run now" in said and "0 failed" in said
     assert len(finished(runs)) == 4
@@ -170,22 +176,22 @@ def test_ctrl_c_and_sigkill_leave_nothing_half_written(
     command = started(tmp_path / "grid.yaml", "--workers", str(workers))
     wait_for(lambda: finished(runs))
     wait_for(lambda: workers_of(command)[workers - 1 :])
-    family = psutil.Process(command.pid).children(recursive=True)
+    family = family_of(command)
     if how == signal.SIGINT:
         os.killpg(command.pid, how)  # as the terminal does: to all of them
     else:
         command.kill()
-    said = command.communicate(timeout=150)[0]
+    said = command.communicate(timeout=PATIENCE)[0]
     assert how == signal.SIGKILL or (command.returncode == 130 and "finished runs are kept" in said)
-    _, alive = psutil.wait_procs(family, timeout=90)
-    assert not alive, [p.cmdline() for p in alive]
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE)
+    assert not alive, alive
     assert len(finished(runs)) == 1
     whole = {"executed.ipynb", "report.html", "metrics.json"}
     for folder in (runs / "01_tiny").glob("[!.]*"):
         assert {p.name for p in folder.iterdir()} == whole
     (runs / "go").touch()
     again = started(tmp_path / "grid.yaml", "--workers", "2")
-    said = again.communicate(timeout=180)[0]
+    said = again.communicate(timeout=PATIENCE)[0]
     assert again.returncode == 0 and "3 run now" in said and "1 finished before" in said, said
     assert not list((runs / "01_tiny").glob(".*"))  # what the killed ones left is gone
 
@@ -216,25 +222,25 @@ def test_failures_are_tried_once_more_and_then_reported(tmp_path, runs, write_no
 
 
 @pytest.fixture
-def cluster():
+def cluster(tmp_path):
     """A scheduler of someone else's: its address, and a function that adds a worker to it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    address = f"tcp://127.0.0.1:{port}"
+    file = tmp_path / "scheduler.json"
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
     with ExitStack() as processes:
 
         def dask(*command):
             process = subprocess.Popen([sys.executable, "-m", *command, "--no-dashboard"], **quiet)
-            processes.callback(process.wait, timeout=90)
+            processes.callback(process.wait, timeout=PATIENCE)
             processes.callback(process.terminate)
 
         def add_worker():
             options = ("--nthreads", "1", "--host", "127.0.0.1")
             dask("distributed.cli.dask_worker", address, *options)
 
-        dask("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port)
+        options = ("--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
+        dask("distributed.cli.dask_scheduler", *options)
+        wait_for(lambda: file.is_file() and file.read_text().rstrip().endswith("}"))
+        address = json.loads(file.read_text())["address"]
         yield address, add_worker
 
 
@@ -250,14 +256,16 @@ def test_workers_of_someone_elses_scheduler_join_late_and_see_the_callers_data(
     )
     write_notebook(tmp_path / "01_tiny.ipynb", hold, SAVE)
     (tmp_path / "grid.yaml").write_text(GRID.replace("2, 3", "2"))
-    command = started(
-        tmp_path / "grid.yaml", "--scheduler", address, OPENTRANS_DATA="/data of the caller"
-    )
-    time.sleep(8)
+    told = {"OPENTRANS_DATA": "/data of the caller", "PYTHONUNBUFFERED": "1"}
+    command = started(tmp_path / "grid.yaml", "--scheduler", address, **told)
+    said = ""
+    while "waiting for a worker" not in said:
+        assert (line := command.stdout.readline()), said
+        said += line
     add_worker()
     wait_for(lambda: list(runs.glob("began*")))
     add_worker()
-    said = command.communicate(timeout=180)[0]
+    said += command.communicate(timeout=PATIENCE)[0]
     assert command.returncode == 0 and len(finished(runs)) == 3, said
     assert f"waiting for a worker at {address}" in said and "3 run now" in said
 
@@ -272,11 +280,10 @@ def test_a_scheduler_that_dies_under_a_grid_is_said_to_have(
     (tmp_path / "grid.yaml").write_text(GRID)
     command = started(tmp_path / "grid.yaml", "--scheduler", address)
     wait_for(lambda: finished(runs))
-    (scheduler,) = [
-        p for p in psutil.Process().children() if "dask_scheduler" in " ".join(p.cmdline())
-    ]
+    lines = asked(lambda p: (p, p.cmdline()), psutil.Process().children())
+    (scheduler,) = [p for p, line in lines if "distributed.cli.dask_scheduler" in line]
     scheduler.kill()
-    said = command.communicate(timeout=120)[0]
+    said = command.communicate(timeout=PATIENCE)[0]
     assert command.returncode == 2 and "Traceback" not in said, said
     assert f"the scheduler at {address} no longer answers" in said
     assert "goes on after what has finished" in said and len(finished(runs)) == 1
@@ -292,7 +299,7 @@ def test_two_grids_on_one_scheduler_hear_of_their_own_jobs(
     (tmp_path / "a.yaml").write_text(GRID)
     (tmp_path / "b.yaml").write_text("runs: [02_tiny]")
     both = [started(tmp_path / f"{n}.yaml", "--scheduler", address) for n in "ab"]
-    said = [process.communicate(timeout=180)[0] for process in both]
+    said = [process.communicate(timeout=PATIENCE)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert [text.count("on worker") for text in said] == [4, 1]
     assert all(said[0].count(f"seed={seed} on worker") == 1 for seed in range(4))
@@ -314,14 +321,14 @@ def test_the_end_of_a_grid_ends_its_notebooks_on_someone_elses_workers(
     wait_for(lambda: (runs / "pid0").is_file() and (runs / "pid0").read_text())
     kernel = psutil.Process(int((runs / "pid0").read_text()))
     command.send_signal(how)
-    said = command.communicate(timeout=60)[0]
+    said = command.communicate(timeout=PATIENCE)[0]
     assert how == signal.SIGKILL or (command.returncode == 130 and "finished runs are kept" in said)
-    kernel.wait(timeout=60)
+    kernel.wait(timeout=PATIENCE)
     wait_for(lambda: not list((runs / "01_tiny").glob("*")))  # nothing is published, nothing left
     assert not (runs / "pid1").exists()
     (runs / "go").touch()
     again = started(tmp_path / "grid.yaml", "--scheduler", address)  # the worker is free again
-    said = again.communicate(timeout=180)[0]
+    said = again.communicate(timeout=PATIENCE)[0]
     assert again.returncode == 0 and "3 run now" in said, said
 
 
