@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 from .batch import check_minutes, run_grid, run_notebook
 from .grids import Job, find_notebook, load_grid
@@ -16,7 +19,7 @@ from .job import RunResult
 from .page import duration
 from .plan import past_speed, plan
 from .report import build_report
-from .results import load, publish, records
+from .results import atomic_path, load, records, results_root
 from .tables import experiment
 
 TABLES = "05_paper_tables"
@@ -80,7 +83,42 @@ def campaign(
     done = run_grid(missing_first(jobs), False, minutes, workers, scheduler)
     # It reads the other runs, so what it said before is out of date.
     done.append(run_notebook(find_notebook(TABLES, grid), force=True))
-    if finished := [r.folder for r in done if r.status in ("ok", "finished before")]:
-        print("published: " + ", ".join(str(folder) for folder in publish(finished)))
+    if folders := publish([r.folder for r in done if r.status in ("ok", "finished before")]):
+        print("published: " + ", ".join(map(str, folders)))
     print(outlook(jobs))
     return done, build_report()
+
+
+def publish(folders: list[Path]) -> list[Path]:
+    """Copy what finished runs measured (no notebooks, no weights) to ``results/<revision>/``.
+
+    The revision is the one that a run was made at. These folders are small and meant to be
+    committed: ``results.records`` reads them beside the runs. Returns them. A run that another
+    runner makes anew just now is left out, and what is published of it stays.
+    """
+    targets, lock = {}, results_root().with_name(f".{results_root().name}.lock")
+    with FileLock(lock):  # several campaigns may end at the same time
+        for folder in folders:
+            record, files = load(folder), _measured(folder)
+            if record is None or load(folder) != record:  # then the files are of one run
+                continue
+            target = results_root() / record["revision"]
+            targets[target] = None
+            place = target / folder.parent.name / folder.name
+            (place / "metrics.json").unlink(missing_ok=True)  # what makes a run comes last
+            for stale in [path for path in place.glob("*") if path.name not in files]:
+                stale.unlink()
+            for name in sorted(files, key=lambda name: name == "metrics.json"):
+                with atomic_path(place / name) as copy:
+                    copy.write_bytes(files[name])
+    return list(targets)
+
+
+def _measured(folder: Path) -> dict[str, bytes]:
+    """A run's numbers, tables and figures by file name; what another runner removes is missing."""
+    found = {}
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            if path.suffix in (".json", ".csv", ".png"):
+                found[path.name] = path.read_bytes()
+    return found

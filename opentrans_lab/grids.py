@@ -195,11 +195,15 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
 class _OnceEach(yaml.SafeLoader):
     """Refuses a key that a mapping has twice: PyYAML lets the last one win, and a sweep is lost."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.MarkedYAMLError(problem=f"{twice!r} twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                twice = f"{key.value!r} twice"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
+            seen.add(name)
+        return node
 
 
 def _named(parameters: object) -> bool:

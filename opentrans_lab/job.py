@@ -32,7 +32,7 @@ from papermill.exceptions import PapermillExecutionError
 from .errors import LabError
 from .grids import Job, defaults
 from .page import run_page
-from .results import STAGE, Run, atomic_path, load, run_key, runs_root
+from .results import STAGE, Run, atomic_path, load, put, run_key, runs_root
 
 ATTEMPTS = 2  # of a job that fails by no fault of the user's: machines hiccup
 ASIDE = "-old"
@@ -243,7 +243,8 @@ def _staged(folder: Path) -> Iterator[Path]:
     for left in folder.parent.glob(f"{prefix}*"):
         if left not in OWN and not _alive(int(left.name.removeprefix(prefix).partition("-")[0])):
             if left.name.endswith(ASIDE) and not folder.exists():
-                os.rename(left, folder)
+                with suppress(OSError):  # another runner was faster
+                    os.rename(left, folder)
             shutil.rmtree(left, ignore_errors=True)
     stage = folder.with_name(f"{prefix}{os.getpid()}-{uuid4().hex[:8]}")
     OWN.add(stage)
@@ -263,10 +264,11 @@ def _alive(pid: int) -> bool:
     if pid == os.getpid():
         return False
     try:
+        os.kill(pid, 0)
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except ProcessLookupError:
         return False
-    except psutil.AccessDenied:
+    except (PermissionError, psutil.Error):  # of another user, who may be hidden from us
         return True
 
 
@@ -277,15 +279,6 @@ def _publish(stage: Path, folder: Path, force: bool) -> None:
     aside = stage.with_name(f"{stage.name}{ASIDE}")
     OWN.add(aside)
     try:
-        with suppress(FileNotFoundError):  # there is none, or another runner has put it aside
-            os.rename(folder, aside)
-        try:
-            os.rename(stage, folder)
-        except OSError:
-            if load(folder) is None:
-                raise
+        put(stage, folder, aside, lambda: load(folder) is not None)
     finally:
-        if aside.exists() and not folder.exists():  # an error, or Ctrl-C, between the two
-            os.rename(aside, folder)
-        shutil.rmtree(aside, ignore_errors=True)
         OWN.discard(aside)

@@ -161,5 +161,5 @@ def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path
                 path.write_text(json.dumps(result, indent=2))
             now = max(time.time(), since)  # clocks jump, and those of file servers differ
             os.utime(done, (now, now))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # last: what is killed needs them
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # last: killed before, it goes on
     return folder, json.loads(done.read_text())["result"]

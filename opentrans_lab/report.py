@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from contextlib import suppress
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +27,7 @@ from .page import (
     number,
     render,
 )
-from .results import PROJECT, records, revision, runs_root
+from .results import PROJECT, put, records, revision, runs_root
 
 OURS = 'content="opentrans-lab"'  # in every page of ours: such a folder may be replaced
 CLAIMS = "claims"  # a run's table that the site begins with, of several the newest
@@ -53,22 +52,12 @@ def build_report(out: Path | None = None) -> Path:
         raise LabError(f"{out} exists and is no report; name another folder or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     site = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    old = site.with_name(site.name + "-old")
     try:
         _write(site)
         site.chmod(0o755)
-        with suppress(FileNotFoundError):  # there is none, or another report puts it aside
-            out.rename(old)
-        try:
-            site.rename(out)
-        except OSError:
-            if not index.is_file():  # of another process, which was faster
-                raise
+        put(site, out, site.with_name(site.name + "-old"), index.is_file)
     finally:
-        if old.exists() and not out.exists():  # an error, or Ctrl-C, between the two
-            old.rename(out)
         shutil.rmtree(site, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return index
 
 

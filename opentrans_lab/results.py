@@ -13,15 +13,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 
 from . import __version__
 from .errors import LabError
@@ -210,6 +209,29 @@ class Run:
             tmp.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
+def put(stage: Path, folder: Path, aside: Path, whole: Callable[[], bool]) -> None:
+    """Rename ``stage`` to ``folder``; what was there is put ``aside`` and goes when that is done.
+
+    On an error or Ctrl-C it comes back. Where another process was faster and its folder is
+    ``whole``, that stays.
+
+    Raises:
+        OSError: the folder cannot be renamed.
+    """
+    try:
+        with suppress(FileNotFoundError):  # nothing was there, or another process puts it aside
+            os.rename(folder, aside)
+        os.rename(stage, folder)
+    except BaseException as error:
+        if not (isinstance(error, OSError) and whole()):
+            # Our own folder may be missing because another process has put it aside.
+            if stage.exists() and aside.exists() and not folder.exists():
+                os.rename(aside, folder)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def load(folder: Path) -> dict | None:
     """The record of the run in ``folder``, None where no run has ended well.
 
@@ -229,30 +251,6 @@ def load(folder: Path) -> dict | None:
 def results_root() -> Path:
     """Where published runs are: ``$OPENTRANS_RESULTS``, else the project's ``results``."""
     return Path(os.environ.get("OPENTRANS_RESULTS") or PROJECT / "results")
-
-
-def publish(folders: list[Path]) -> list[Path]:
-    """Copy what finished runs measured (no notebooks, no weights) to ``results/<revision>/``.
-
-    The revision is the one that a run was made at. These folders are small and meant to be
-    committed: :func:`records` reads them beside the runs. Returns them.
-    """
-    targets = {}
-    with FileLock(runs_root() / ".publish.lock"):  # two campaigns may end at the same time
-        for folder in folders:
-            if not (record := load(folder)):
-                continue  # it is being made anew
-            target = results_root() / record["revision"]
-            targets[target] = None
-            place = target / folder.parent.name / folder.name
-            (place / "metrics.json").unlink(missing_ok=True)  # what makes a run comes last
-            files = {p.name: p for p in folder.iterdir() if p.suffix in (".json", ".csv", ".png")}
-            for stale in [p for p in place.glob("*") if p.name not in files]:
-                stale.unlink()
-            for name in sorted(files, key=lambda name: name == "metrics.json"):
-                with atomic_path(place / name) as copy:
-                    shutil.copyfile(files[name], copy)
-    return list(targets)
 
 
 def records(notebook: str | None = None) -> list[tuple[Path, dict]]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from opentrans_lab.batch import run_grid
-from opentrans_lab.campaign import campaign, missing_first, outlook
+from opentrans_lab.campaign import campaign, missing_first, outlook, publish
 from opentrans_lab.errors import LabError
 from opentrans_lab.frameworks import FRAMEWORKS
 from opentrans_lab.grids import Job, complete, load_grid
 from opentrans_lab.prune import TERMS
-from opentrans_lab.results import PROJECT, Run, publish, results_root, run_dir
+from opentrans_lab.results import PROJECT, Run, load, results_root, run_dir
 from opentrans_lab.transfer import ROWS
 
 GRID = """
@@ -130,3 +132,47 @@ def test_the_campaign_holds_every_framework_row_and_setting():
     for name, needed in {"framework": FRAMEWORKS, "terms": TERMS, "rows": ROWS}.items():
         found = {word for text in given[name].dropna() for word in text.split()}
         assert found == {*needed}, name
+
+
+def test_two_campaigns_publish_one_after_the_other(runs, monkeypatch):
+    run = Run("03_transfer", {"seed": 0})
+    run.save({"miou": 1})
+    inside, write = [], Path.write_bytes
+
+    def slow(path, data):
+        inside.append(path)
+        time.sleep(0.2)
+        write(path, data)
+        assert inside == [path], "one at a time"
+        inside.clear()
+
+    monkeypatch.setattr(Path, "write_bytes", slow)
+    with ThreadPoolExecutor() as both:
+        found = list(both.map(publish, [[run.dir, runs / "01_tiny" / "none"]] * 2))
+    assert found[0] == found[1] and len(found[0]) == 1
+    assert load(found[0][0] / "03_transfer" / run.dir.name)["metrics"] == {"miou": 1}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_is_replaced_while_it_is_read_stays_as_it_was_published(
+    runs, monkeypatch, when
+):
+    table = pd.DataFrame({"row": ["ours"], "seen": [1.0]})
+    run = Run("03_transfer", {"seed": 0})
+    run.save({"miou": 1}, t=table)
+    (revision,) = publish([run.dir])
+    place = revision / "03_transfer" / run.dir.name
+    read = Path.read_bytes
+
+    def replaced(path):
+        """Another runner takes the run away, or has put a new one there."""
+        data = read(path) if when == "after" else b""
+        shutil.rmtree(run.dir, ignore_errors=True)
+        if when == "after":
+            Run("03_transfer", {"seed": 0}).save({"miou": 2}, t=table)
+        return data if when == "after" else read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", replaced)
+        assert publish([run.dir]) == []
+    assert load(place)["metrics"] == {"miou": 1} and (place / "t.csv").is_file()

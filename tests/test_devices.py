@@ -86,7 +86,6 @@ def test_layers_freeze_in_all_processes_and_a_stopped_run_goes_on(root, monkeypa
 
 
 def test_an_interrupted_evaluation_goes_on_with_another_number_of_devices(root, monkeypatch):
-    """And the shares are of one model where each process has normalised its own pictures."""
     root("interrupted")
     recipe = replace(RECIPE, framework="deeplabv3", steps=2, norm="train")
 

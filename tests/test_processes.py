@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
+from opentrans_lab import tuning
 from opentrans_lab.backbone import frozen_copy, load_backbone
 from opentrans_lab.data import load_dataset
 from opentrans_lab.evaluate import _digest
@@ -24,6 +26,7 @@ from opentrans_lab.losses import cap_regions
 from opentrans_lab.processes import Chance, picture_seeds, shared_mean
 from opentrans_lab.prune import PruneConfig, Student, distillation
 from opentrans_lab.train import TrainConfig, fit
+from opentrans_lab.tuning import Recipe
 
 STEPS = 5
 
@@ -59,6 +62,17 @@ def train(what: str, out: Path, norms: str = "held") -> None:
     (out / f"model-{rank}").write_text(_digest(model))
     if rank == 0:
         (out / "losses.json").write_text(json.dumps(done.history.to_dict("list")))
+
+
+def choose(out: Path) -> None:
+    """Every process would freeze other layers, drawn with its own seed."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    model = build("deeplabv3", load_backbone("mini", device="cpu"), "mini")
+    tuning._freeze_by_alpha(Recipe(select="random", seed=rank), out, 0, model)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    (out / f"frozen-by-{rank}.json").write_text(json.dumps(frozen))
+    dist.destroy_process_group()
 
 
 def _late(save):
@@ -107,6 +121,15 @@ def test_all_processes_end_with_one_model_though_each_normalised_its_own_picture
     assert first.read_text() == second.read_text()
 
 
+def test_one_process_decides_what_all_freeze(tmp_path):
+    """Else they would wait for each other's gradients."""
+    _run("two", "choose", tmp_path / "two")
+    first, second = (
+        json.loads((tmp_path / "two" / f"frozen-by-{rank}.json").read_text()) for rank in range(2)
+    )
+    assert first == second and first
+
+
 def test_a_picture_draws_the_same_numbers_whoever_its_neighbours_are():
     seeds = picture_seeds(3, 7, 4)
     assert len(set(seeds)) == 4 and seeds == picture_seeds(3, 7, 4) != picture_seeds(3, 8, 4)
@@ -143,4 +166,5 @@ def test_a_mean_of_nothing_is_nothing_and_can_be_differentiated():
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    what, out, *more = sys.argv[1:]
+    choose(Path(out)) if what == "choose" else train(what, Path(out), *more)

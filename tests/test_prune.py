@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import shutil
 import time
 from dataclasses import replace
 
@@ -99,6 +100,16 @@ def test_interrupted_anywhere_equals_uninterrupted(tmp_path, stop):
     assert again == mask and len(rounds) == 4
     state = whole.visual.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in resumed.visual.state_dict().items())
+
+
+def test_what_a_kill_after_a_round_left_goes_when_pruning_goes_on(tmp_path):
+    prune(backbone(), batches, CONFIG, tmp_path, "cpu")
+    kept = {path for path in tmp_path.rglob("*") if path.is_file()}
+    for left in ("round_02/checkpoints/step-2/weights", "round_01/student.safetensors"):
+        (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "round_04" / "student.safetensors", tmp_path / left)
+    prune(backbone(), batches, CONFIG, tmp_path, "cpu")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == kept
 
 
 def worker(out: str, drawn: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 import time
@@ -207,6 +209,15 @@ def test_it_begins_with_the_newest_verdicts(runs, tmp_path):
     assert "<td>mixed</td>" in rest and "<td>not tested here</td>" in rest
 
 
+def test_many_metrics_of_a_run_are_folded(runs, tmp_path):
+    for seed, count in enumerate((3, 40)):
+        Run("03_transfer", {"seed": seed}).save({f"m{i}": i for i in range(count)})
+    text = build_report(tmp_path / "site").read_text()
+    found = re.findall(r"<details( open)?><summary>metrics(.*?)</details>", text, re.S)
+    opened = {inside.count("<dt>"): open for open, inside in found}
+    assert opened == {3: " open", 40: ""}
+
+
 def test_page_holds_results_with_code_folded_and_figures_inside(site):
     page = next(
         p for p in site.parent.glob("03_transfer/*/index.html") if "<b>1</b>" in p.read_text()
@@ -249,26 +260,34 @@ def test_report_that_cannot_be_made_leaves_the_old_one(runs, tmp_path):
 def test_two_reports_at_a_time_and_one_that_is_interrupted_leave_a_whole_one(runs, tmp_path):
     """At its second rename another report is there already; or it is interrupted then."""
     index = build_report(tmp_path / "site")
-    rename = Path.rename
+    rename = os.rename
 
     def faster(path, target):
         if target == tmp_path / "site" and not index.exists():
             shutil.copytree(path, target)
             index.write_text(index.read_text() + "<!-- the other's -->")
-        return rename(path, target)
+        rename(path, target)
 
     def stopped(path, target):
         if target == tmp_path / "site" and not path.name.endswith("-old"):
             raise KeyboardInterrupt
-        return rename(path, target)
+        rename(path, target)
+
+    def full(path, target):
+        if target == tmp_path / "new":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(path, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "rename", faster)
+        patch.setattr(os, "rename", faster)
         assert build_report(tmp_path / "site") == index
         assert "the other's" in index.read_text()
-        patch.setattr(Path, "rename", stopped)
+        patch.setattr(os, "rename", stopped)
         with pytest.raises(KeyboardInterrupt):
             build_report(tmp_path / "site")
+        patch.setattr(os, "rename", full)
+        with pytest.raises(OSError, match="No space left"):
+            build_report(tmp_path / "new")
     assert "the other's" in index.read_text()
     assert [p.name for p in tmp_path.iterdir() if p.name != "runs"] == ["site"]
 

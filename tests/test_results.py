@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from opentrans_lab import results
+from opentrans_lab.campaign import publish
 from opentrans_lab.errors import LabError
 from opentrans_lab.grids import defaults
 from opentrans_lab.results import (
@@ -26,6 +28,7 @@ from opentrans_lab.results import (
     Run,
     atomic_path,
     collect,
+    put,
     run_dir,
     run_key,
 )
@@ -217,23 +220,70 @@ def test_a_narrower_run_takes_nothing_away(runs):
     assert lines("04_toy", "both").set_index("has")["seen"].to_dict() == {"neither": 10, "both": 7}
 
 
-def test_two_campaigns_publish_one_after_the_other(runs, tmp_path, monkeypatch):
-    run = Run("03_transfer", {"seed": 0})
-    run.save({"miou": 1})
-    inside, copy = [], shutil.copyfile
+@pytest.fixture
+def folders(tmp_path):
+    """(an old folder, what is to replace it, where the old one goes meanwhile)."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "said").write_text(name)
+    return tmp_path / "old", tmp_path / "new", tmp_path / "aside"
 
-    def slow(source, target):
-        inside.append(target)
-        time.sleep(0.2)
-        copy(source, target)
-        assert inside == [target], "one at a time"
-        inside.clear()
 
-    monkeypatch.setattr(shutil, "copyfile", slow)
-    with ThreadPoolExecutor() as both:
-        found = list(both.map(results.publish, [[run.dir, tmp_path / "being made anew"]] * 2))
-    assert found[0] == found[1] and len(found[0]) == 1
-    assert results.load(found[0][0] / "03_transfer" / run.dir.name)["metrics"] == {"miou": 1}
+def meanwhile(monkeypatch, when, act):
+    """``act`` after the rename to ``when``."""
+    rename = os.rename
+
+    def then(source, target):
+        rename(source, target)
+        if target == when:
+            act()
+
+    monkeypatch.setattr(os, "rename", then)
+
+
+def test_a_folder_is_replaced_or_stays(folders, monkeypatch):
+    old, new, aside = folders
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        meanwhile(patch, aside, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        put(new, old, aside, bool)
+    assert (old / "said").read_text() == "old" and new.exists() and not aside.exists()
+    put(new, old, aside, bool)
+    assert (old / "said").read_text() == "new" and not new.exists() and not aside.exists()
+
+
+def test_a_folder_of_a_faster_process_stays_if_it_is_whole(folders, monkeypatch):
+    old, new, aside = folders
+
+    def other():
+        old.mkdir()
+        (old / "said").write_text("other")
+
+    with monkeypatch.context() as patch:
+        meanwhile(patch, aside, other)
+        with pytest.raises(OSError):
+            put(new, old, aside, lambda: False)
+        assert (old / "said").read_text() == "other" and new.exists() and not aside.exists()
+        put(new, old, aside, lambda: (old / "said").is_file())
+    assert (old / "said").read_text() == "other" and not aside.exists()
+
+
+def test_a_folder_that_another_process_has_just_put_aside_is_none(folders, monkeypatch):
+    """Neither before ours is there, nor after: the older one must not come back then."""
+    old, new, aside = folders
+    os.rename(old, old.with_name("others"))
+    put(new, old, aside, bool)
+    assert (old / "said").read_text() == "new"
+    shutil.copytree(old, new)
+
+    def other():
+        old.rename(old.with_name("asides"))
+        raise KeyboardInterrupt
+
+    meanwhile(monkeypatch, old, other)
+    with pytest.raises(KeyboardInterrupt):
+        put(new, old, aside, bool)
+    assert not old.exists() and not aside.exists()
+    assert (old.with_name("asides") / "said").read_text() == "new"
 
 
 def test_published_runs_are_small_and_found_beside_the_own_ones(runs, tmp_path, monkeypatch):
@@ -243,7 +293,7 @@ def test_published_runs_are_small_and_found_beside_the_own_ones(runs, tmp_path, 
         run.save({"miou": seed}, transfer=pd.DataFrame({"row": ["ours"], "seen": [10.0 + seed]}))
         (run.dir / "executed.ipynb").write_text("large")
     one, two = (run_dir("03_transfer", {"seed": seed}) for seed in (0, 1))
-    (folder,) = results.publish([one, two])
+    (folder,) = publish([one, two])
     (folder / "03_transfer" / one.name / "older.csv").touch()
     (place,) = folder.glob(f"03_transfer/{two.name}")
 
@@ -251,10 +301,10 @@ def test_published_runs_are_small_and_found_beside_the_own_ones(runs, tmp_path, 
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(shutil, "copyfile", full)
-        results.publish([two])
+        patch.setattr(Path, "write_bytes", full)
+        publish([two])
     assert not (place / "metrics.json").exists(), "half a run is none"
-    (folder,) = results.publish([one, two])
+    (folder,) = publish([one, two])
     assert folder.parent == tmp_path / "results"
     assert {p.name for p in folder.rglob("*") if p.is_file()} == {"metrics.json", "transfer.csv"}
     shutil.rmtree(runs)
