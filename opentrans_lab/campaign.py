@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -96,11 +95,13 @@ def publish(folders: list[Path]) -> list[Path]:
     committed: ``results.records`` reads them beside the runs. Returns them. A run that another
     runner makes anew just now is left out, and what is published of it stays.
     """
-    targets, lock = {}, results_root().with_name(f".{results_root().name}.lock")
-    with FileLock(lock):  # several campaigns may end at the same time
+    if not folders:
+        return []
+    targets = {}
+    with FileLock(results_root() / ".lock"):  # several campaigns may end at the same time
         for folder in folders:
             record, files = load(folder), _measured(folder)
-            if record is None or load(folder) != record:  # then the files are of one run
+            if None in (record, files) or load(folder) != record:  # else all is of one run
                 continue
             target = results_root() / record["revision"]
             targets[target] = None
@@ -114,11 +115,13 @@ def publish(folders: list[Path]) -> list[Path]:
     return list(targets)
 
 
-def _measured(folder: Path) -> dict[str, bytes]:
-    """A run's numbers, tables and figures by file name; what another runner removes is missing."""
-    found = {}
-    with suppress(FileNotFoundError):
-        for path in folder.iterdir():
-            if path.suffix in (".json", ".csv", ".png"):
-                found[path.name] = path.read_bytes()
-    return found
+def _measured(folder: Path) -> dict[str, bytes] | None:
+    """A run's numbers, tables and figures by file name; None if one of them vanishes meanwhile."""
+    try:
+        return {
+            path.name: path.read_bytes()
+            for path in folder.glob("[!.]*")
+            if path.suffix in (".json", ".csv", ".png")
+        }
+    except FileNotFoundError:
+        return None

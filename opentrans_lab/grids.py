@@ -197,8 +197,8 @@ class _OnceEach(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            name = (key.tag, key.value)
             if name in seen:
                 twice = f"{key.value!r} twice"
                 raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)

@@ -243,9 +243,10 @@ def _staged(folder: Path) -> Iterator[Path]:
     for left in folder.parent.glob(f"{prefix}*"):
         if left not in OWN and not _alive(int(left.name.removeprefix(prefix).partition("-")[0])):
             if left.name.endswith(ASIDE) and not folder.exists():
-                with suppress(OSError):  # another runner was faster
+                with suppress(FileNotFoundError):  # another runner was faster
                     os.rename(left, folder)
-            shutil.rmtree(left, ignore_errors=True)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
     stage = folder.with_name(f"{prefix}{os.getpid()}-{uuid4().hex[:8]}")
     OWN.add(stage)
     stage.mkdir(parents=True)  # a runner that came to nothing may have removed the parent

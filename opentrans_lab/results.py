@@ -221,15 +221,19 @@ def put(stage: Path, folder: Path, aside: Path, whole: Callable[[], bool]) -> No
     try:
         with suppress(FileNotFoundError):  # nothing was there, or another process puts it aside
             os.rename(folder, aside)
-        os.rename(stage, folder)
+        try:
+            os.rename(stage, folder)
+        except OSError:
+            if not whole():
+                raise
     except BaseException as error:
-        if not (isinstance(error, OSError) and whole()):
-            # Our own folder may be missing because another process has put it aside.
-            if stage.exists() and aside.exists() and not folder.exists():
-                os.rename(aside, folder)
-            raise
-    finally:
+        # After Ctrl-C our own folder may be missing because another process has put it aside.
+        failed = isinstance(error, OSError) or stage.exists()
+        if failed and aside.exists() and not folder.exists():
+            os.rename(aside, folder)  # if this fails, too, the old one stays aside
         shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(folder: Path) -> dict | None:
@@ -259,7 +263,7 @@ def records(notebook: str | None = None) -> list[tuple[Path, dict]]:
     Published runs count, too; of several with the same parameters, the own run or the newest.
     """
     pattern, found = f"{notebook or '[!.]*'}/[!.]*/metrics.json", {}
-    for root in (*sorted(results_root().glob("*")), runs_root()):
+    for root in (*sorted(results_root().glob("[!.]*")), runs_root()):
         for path in root.glob(pattern):
             if record := load(path.parent):
                 key = (record["notebook"], record["key"])

@@ -324,6 +324,19 @@ def test_a_dead_runner_that_nobody_has_buried_is_dead():
         time.sleep(0.01)
     assert not _alive(child.pid) and _alive(os.getppid())
     child.wait()
+    assert not _alive(child.pid)
+
+
+@pytest.mark.parametrize(
+    ("ask", "error"),
+    [("psutil.Process", psutil.NoSuchProcess(1)), ("os.kill", PermissionError())],
+)
+def test_another_users_runner_is_alive_though_we_may_not_look(monkeypatch, ask, error):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(ask, refuse)
+    assert _alive(os.getppid())
 
 
 def test_kernel_is_this_python_whatever_is_registered(tmp_path, runs, write_notebook, monkeypatch):

@@ -79,7 +79,7 @@ def test_slices_finish_the_grid_and_publish_each_run_under_its_revision(
     assert tables["metrics"] == {"seen": 6}, "made anew after the runs"
     said = capsys.readouterr().out
     assert "0 of 6 runs finished" in said and "6 of 6 runs finished" in said
-    (revision,) = results_root().iterdir()
+    (revision,) = results_root().glob("[!.]*")
     records = [json.loads(p.read_text()) for p in revision.glob("01_tiny/*/metrics.json")]
     assert len(records) == 6 and {r["revision"] for r in records} == {revision.name}
     moved = tmp_path / "carried"
@@ -153,7 +153,7 @@ def test_two_campaigns_publish_one_after_the_other(runs, monkeypatch):
     assert load(found[0][0] / "03_transfer" / run.dir.name)["metrics"] == {"miou": 1}
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "after", "a file"])
 def test_a_run_that_is_replaced_while_it_is_read_stays_as_it_was_published(
     runs, monkeypatch, when
 ):
@@ -165,14 +165,21 @@ def test_a_run_that_is_replaced_while_it_is_read_stays_as_it_was_published(
     read = Path.read_bytes
 
     def replaced(path):
-        """Another runner takes the run away, or has put a new one there."""
-        data = read(path) if when == "after" else b""
-        shutil.rmtree(run.dir, ignore_errors=True)
-        if when == "after":
-            Run("03_transfer", {"seed": 0}).save({"miou": 2}, t=table)
-        return data if when == "after" else read(path)
+        """Another runner takes the run away, has put a new one there, or a file vanishes."""
+        if when == "a file":
+            raise FileNotFoundError
+        data = read(path)
+        shutil.rmtree(run.dir)
+        if when == "before":
+            return read(path)
+        Run("03_transfer", {"seed": 0}).save({"miou": 2}, t=table)
+        return data
 
+    (run.dir / ".1-2-t.csv").touch()  # somebody writes
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", replaced)
         assert publish([run.dir]) == []
     assert load(place)["metrics"] == {"miou": 1} and (place / "t.csv").is_file()
+    if when == "a file":
+        publish([run.dir])
+    assert {path.name for path in place.iterdir()} == {"metrics.json", "t.csv"}

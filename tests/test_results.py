@@ -247,8 +247,32 @@ def test_a_folder_is_replaced_or_stays(folders, monkeypatch):
         meanwhile(patch, aside, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
         put(new, old, aside, bool)
     assert (old / "said").read_text() == "old" and new.exists() and not aside.exists()
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        put(new, old, aside, lambda: True)  # it cannot be put aside, and is no other's
+    assert (old / "said").read_text() == "old" and new.exists()
     put(new, old, aside, bool)
     assert (old / "said").read_text() == "new" and not new.exists() and not aside.exists()
+
+
+def test_the_old_folder_is_never_lost(folders, monkeypatch):
+    """Its stage is gone; or it cannot come back: then it stays aside."""
+    old, new, aside = folders
+    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
+        meanwhile(patch, aside, lambda: shutil.rmtree(new))
+        put(new, old, aside, bool)
+    assert (old / "said").read_text() == "old" and not aside.exists()
+    rename = os.rename
+
+    def once(source, target):
+        if target == old:
+            raise OSError("disk")
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
+        patch.setattr(os, "rename", once)
+        put(new, old, aside, bool)
+    assert (aside / "said").read_text() == "old"
 
 
 def test_a_folder_of_a_faster_process_stays_if_it_is_whole(folders, monkeypatch):
