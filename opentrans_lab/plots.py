@@ -278,7 +278,7 @@ def cost_bubbles(panels: Mapping[str, pd.DataFrame]) -> Figure:
             axis.annotate(line.row, (line.GMACs, line.mIoU), fontsize=7, ha="center", va="center")
         axis.set(title=title, xlabel="GMACs of a picture", ylabel="mIoU (%)")
         axis.margins(0.15)
-    handles = [Patch(color=colours[kind], label=kind) for kind in kinds]
+    handles = [Patch(color=colours[kind], alpha=0.55, label=kind) for kind in kinds]
     axes[0, 0].legend(handles=handles, title="area: parameters")
     return fig
 
