@@ -32,11 +32,10 @@ from papermill.exceptions import PapermillExecutionError
 from .errors import LabError
 from .grids import Job, defaults
 from .page import run_page
-from .results import STAGE, Run, atomic_path, load, put, run_key, runs_root
+from .results import ASIDE, STAGE, Run, atomic_path, load, put, run_key, runs_root
 
 ATTEMPTS = 2  # of a job that fails by no fault of the user's: machines hiccup
-ASIDE = "-old"
-OWN: set[Path] = set()  # folders in use by this process, whose jobs may run side by side
+OWN: set[Path] = set()  # stages in use by this process, whose jobs may run side by side
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,8 @@ def _staged(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}@{socket.gethostname()}@"
     for left in folder.parent.glob(f"{prefix}*"):
-        if left not in OWN and not _alive(int(left.name.removeprefix(prefix).partition("-")[0])):
+        mine = left.with_name(left.name.removesuffix(ASIDE)) in OWN
+        if not mine and not _alive(int(left.name.removeprefix(prefix).partition("-")[0])):
             if left.name.endswith(ASIDE) and not folder.exists():
                 with suppress(FileNotFoundError):  # another runner was faster
                     os.rename(left, folder)
@@ -275,11 +275,5 @@ def _alive(pid: int) -> bool:
 
 def _publish(stage: Path, folder: Path, force: bool) -> None:
     """Make ``stage`` the run's folder. Where another runner was faster, its run stays."""
-    if load(folder) and not force:
-        return
-    aside = stage.with_name(f"{stage.name}{ASIDE}")
-    OWN.add(aside)
-    try:
-        put(stage, folder, aside, lambda: load(folder) is not None)
-    finally:
-        OWN.discard(aside)
+    if force or not load(folder):
+        put(stage, folder, lambda: load(folder) is not None)

@@ -55,7 +55,7 @@ def build_report(out: Path | None = None) -> Path:
     try:
         _write(site)
         site.chmod(0o755)
-        put(site, out, site.with_name(site.name + "-old"), index.is_file)
+        put(site, out, index.is_file)
     finally:
         shutil.rmtree(site, ignore_errors=True)
     return index

@@ -27,6 +27,7 @@ from .errors import LabError
 
 PROJECT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "accelerate", "numpy")
+ASIDE = "-old"  # ends the name of a folder that another is about to replace
 STAGE = "OPENTRANS_STAGE"  # the folder in which the runner lets a notebook write, until it is done
 
 
@@ -209,8 +210,8 @@ class Run:
             tmp.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
-def put(stage: Path, folder: Path, aside: Path, whole: Callable[[], bool]) -> None:
-    """Rename ``stage`` to ``folder``; what was there is put ``aside`` and goes when that is done.
+def put(stage: Path, folder: Path, whole: Callable[[], bool]) -> None:
+    """Rename ``stage`` to ``folder``; what was there is put aside and goes when that is done.
 
     On an error or Ctrl-C it comes back. Where another process was faster and its folder is
     ``whole``, that stays.
@@ -218,6 +219,7 @@ def put(stage: Path, folder: Path, aside: Path, whole: Callable[[], bool]) -> No
     Raises:
         OSError: the folder cannot be renamed.
     """
+    aside = stage.with_name(f"{stage.name}{ASIDE}")
     try:
         with suppress(FileNotFoundError):  # nothing was there, or another process puts it aside
             os.rename(folder, aside)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -22,6 +21,7 @@ from opentrans_lab.batch import run_notebook
 from opentrans_lab.devices import check_shares
 from opentrans_lab.errors import LabError, OutOfTime
 from opentrans_lab.experiment import segment_stage
+from opentrans_lab.job import _alive
 from opentrans_lab.lab import Lab
 from opentrans_lab.prune import PruneConfig
 from opentrans_lab.tuning import Recipe
@@ -131,12 +131,6 @@ def test_processes_end_with_a_notebook_that_nobody_has_buried():
     notebook.wait()
 
 
-def _runs(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
 KILLED = """
 import sys
 from test_devices import LAB, PRUNING, RECIPE
@@ -160,7 +154,7 @@ def test_processes_listen_on_the_loopback_alone_and_a_killed_notebook_leaves_non
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     end = time.time() + 600
-    while any(map(_runs, family)):
+    while any(_alive(process.pid) for process in family):
         assert time.time() < end, "they still run"
         time.sleep(0.2)
     assert not list(runs.glob("stages/segment/*/result.json"))

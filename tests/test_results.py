@@ -226,7 +226,7 @@ def folders(tmp_path):
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "said").write_text(name)
-    return tmp_path / "old", tmp_path / "new", tmp_path / "aside"
+    return tmp_path / "old", tmp_path / "new", tmp_path / "new-old"
 
 
 def meanwhile(monkeypatch, when, act):
@@ -245,13 +245,13 @@ def test_a_folder_is_replaced_or_stays(folders, monkeypatch):
     old, new, aside = folders
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         meanwhile(patch, aside, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-        put(new, old, aside, bool)
+        put(new, old, bool)
     assert (old / "said").read_text() == "old" and new.exists() and not aside.exists()
     with monkeypatch.context() as patch, pytest.raises(PermissionError):
         patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(PermissionError()))
-        put(new, old, aside, lambda: True)  # it cannot be put aside, and is no other's
+        put(new, old, lambda: True)  # it cannot be put aside, and is no other's
     assert (old / "said").read_text() == "old" and new.exists()
-    put(new, old, aside, bool)
+    put(new, old, bool)
     assert (old / "said").read_text() == "new" and not new.exists() and not aside.exists()
 
 
@@ -260,7 +260,7 @@ def test_the_old_folder_is_never_lost(folders, monkeypatch):
     old, new, aside = folders
     with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
         meanwhile(patch, aside, lambda: shutil.rmtree(new))
-        put(new, old, aside, bool)
+        put(new, old, bool)
     assert (old / "said").read_text() == "old" and not aside.exists()
     rename = os.rename
 
@@ -271,7 +271,7 @@ def test_the_old_folder_is_never_lost(folders, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
         patch.setattr(os, "rename", once)
-        put(new, old, aside, bool)
+        put(new, old, bool)
     assert (aside / "said").read_text() == "old"
 
 
@@ -285,9 +285,9 @@ def test_a_folder_of_a_faster_process_stays_if_it_is_whole(folders, monkeypatch)
     with monkeypatch.context() as patch:
         meanwhile(patch, aside, other)
         with pytest.raises(OSError):
-            put(new, old, aside, lambda: False)
+            put(new, old, lambda: False)
         assert (old / "said").read_text() == "other" and new.exists() and not aside.exists()
-        put(new, old, aside, lambda: (old / "said").is_file())
+        put(new, old, lambda: (old / "said").is_file())
     assert (old / "said").read_text() == "other" and not aside.exists()
 
 
@@ -295,7 +295,7 @@ def test_a_folder_that_another_process_has_just_put_aside_is_none(folders, monke
     """Neither before ours is there, nor after: the older one must not come back then."""
     old, new, aside = folders
     os.rename(old, old.with_name("others"))
-    put(new, old, aside, bool)
+    put(new, old, bool)
     assert (old / "said").read_text() == "new"
     shutil.copytree(old, new)
 
@@ -305,7 +305,7 @@ def test_a_folder_that_another_process_has_just_put_aside_is_none(folders, monke
 
     meanwhile(monkeypatch, old, other)
     with pytest.raises(KeyboardInterrupt):
-        put(new, old, aside, bool)
+        put(new, old, bool)
     assert not old.exists() and not aside.exists()
     assert (old.with_name("asides") / "said").read_text() == "new"
 
