@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opentrans_lab import plots
+from opentrans_lab import charts
 from opentrans_lab.claims import CLAIMS, KEPT, RANDOM, UNTESTED, claim_table, compared
 from opentrans_lab.cost import printed_cells
 from opentrans_lab.tables import cost_points, paper, paper_points
@@ -212,6 +212,6 @@ def test_the_papers_costs_are_counted_and_points_stand_beside_its_own(runs):
     ours = cost_points(found)
     assert len(ours) == 2 * 3 and ours["GMACs"].eq(2).all()
     none = cost_points(NOTHING)
-    figure = plots.cost_bubbles({"ours": ours, "theirs": theirs.reset_index(), "none": none})
+    figure = charts.cost_bubbles({"ours": ours, "theirs": theirs.reset_index(), "none": none})
     assert [len(axis.texts) for axis in figure.axes] == [len(ours), 9, 0]
     assert none.empty
