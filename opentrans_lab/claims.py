@@ -110,7 +110,9 @@ def compared(
     by = [*dict.fromkeys([*by, *differing(found)])]
     if found.empty or score not in found:
         return pd.DataFrame(columns=[*by, "rival", "n", "gain", "half", "verdict"])
-    wide = found.pivot_table(score, [*by, "seed"], which, dropna=False, observed=True)
+    # Not pivot_table, which with dropna=False makes a line of every combination of parameters.
+    means = found.groupby([*by, "seed", which], dropna=False, observed=True)[score].mean()
+    wide = means.unstack(which)
     settings = []
     for setting, part in wide.reindex(columns=[ours, *rivals]).groupby(level=by, dropna=False):
         gaps = part[list(rivals)].rsub(part[ours], axis=0)

@@ -215,3 +215,14 @@ def test_the_papers_costs_are_counted_and_points_stand_beside_its_own(runs):
     figure = charts.cost_bubbles({"ours": ours, "theirs": theirs.reset_index(), "none": none})
     assert [len(axis.texts) for axis in figure.axes] == [len(ours), 9, 0]
     assert none.empty
+
+
+def test_runs_that_differ_in_many_parameters_are_settings_not_their_combinations():
+    """Twelve parameters of six values each: six settings, and not two thousand million."""
+    table = pd.DataFrame([
+        {"row": row, "seed": 0, "seen": seen + i, "parameters.framework": "han"}
+        | {f"parameters.p{k}": i for k in range(12)}
+        for i in range(6) for row, seen in (("ours", 20.0), ("random_global", 10.0))
+    ])  # fmt: skip
+    found = compared(table, "row", "ours", ["random_global"], ["parameters.framework"], "seen")
+    assert len(found) == 6 and (found["gain"] == 10).all()
