@@ -57,31 +57,35 @@ _SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def paint(thing: dict[str, Tensor], xs: Tensor, ys: Tensor) -> tuple[Tensor, Tensor]:
-    """Coverage (R, S, S) and colour (R, 3, S, S) of one thing a scene."""
+def paint(
+    classes: Tensor, thing: dict[str, Tensor], xs: Tensor, ys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Coverage (R, S, S) and colour (R, 3, S, S) of one thing a scene.
+
+    ``classes`` (R,) lie on the CPU, where looking at them makes nobody wait for the device.
+    """
     r, turn = thing["radius"][:, None, None], thing["turn"][:, None, None]
     dx = (xs - thing["place"][:, 0, None, None]) / r
     dy = (ys - thing["place"][:, 1, None, None]) / r
     u, v = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
-    shape = thing["class"] % len(SHAPES)
-    colour = thing["class"] // len(SHAPES) % len(COLOURS)
-    texture = thing["class"] // (len(SHAPES) * len(COLOURS))
+    shape = classes % len(SHAPES)
+    colour = classes // len(SHAPES) % len(COLOURS)
+    texture = (classes // (len(SHAPES) * len(COLOURS)))[:, None, None]
 
     signed = torch.empty_like(u)
-    for index, name in enumerate(SHAPES):
-        rows = shape == index
-        if rows.any():
-            signed[rows] = _SHAPES[name](u[rows], v[rows])
+    for index in shape.unique().tolist():
+        rows = torch.nonzero(shape == index).flatten().to(u.device)
+        signed[rows] = _SHAPES[SHAPES[index]](u[rows], v[rows])
     cover = (0.5 - signed * r).clamp(0, 1)  # an edge one pixel wide
 
     phase = thing["phase"][:, None, None]
-    stripes = (torch.sin(2 * math.pi * (1.7 * u + phase)) > 0) & (texture == 1)[:, None, None]
+    stripes = (torch.sin(2 * math.pi * (1.7 * u + phase)) > 0) & (texture == 1).to(u.device)
     cell_u, cell_v = (torch.remainder(2.2 * w + phase, 1) - 0.5 for w in (u, v))
-    dots = (torch.hypot(cell_u, cell_v) < 0.27) & (texture == 2)[:, None, None]
+    dots = (torch.hypot(cell_u, cell_v) < 0.27) & (texture == 2).to(u.device)
     across = dx * thing["shade"][:, None, None].cos() + dy * thing["shade"][:, None, None].sin()
     light = 1 + thing["strength"][:, None, None] * across
     gain = light * (1 - 0.65 * stripes.float() - 0.85 * dots.float())  # dark stripes, pale dots
-    base = _RGB.to(u.device)[colour] + thing["jitter"]  # (R, 3)
+    base = _RGB[colour].to(u.device) + thing["jitter"]  # (R, 3)
     return cover, base[:, :, None, None] * gain[:, None] + (0.82 * light * dots)[:, None]
 
 
@@ -137,7 +141,7 @@ _SHIFTED = torch.tensor(  # a drier, darker, dimmer world: rgb gains of each stu
 def backgrounds(
     stuff: Tensor, u: Tensor, xs: Tensor, ys: Tensor, smooth: Tensor, grain: Tensor, domain: str
 ) -> Tensor:
-    """(B, 3, S, S) pictures of the background alone."""
+    """(B, 3, S, S) pictures of the background alone; ``stuff`` (B,) lies on the CPU."""
     shifted = domain == "shifted"
     zoom = 1.5 if shifted else 1.0
     images = torch.empty_like(grain)

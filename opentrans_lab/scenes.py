@@ -90,7 +90,7 @@ def render(
     count = count.clamp_(max=objects[1])  # (B,)
     stuff = (table[:, 1] * len(STUFF)).long().clamp_(max=len(STUFF) - 1)
     stuff = torch.where((table[:, 2] < plain) & (count > 0), -1, stuff)  # -1: plain grey
-    things = _place(table[:, 10:], pool, size, radius, domain)
+    classes, things = _place(table[:, 10:], pool, size, radius, domain)
 
     ys, xs = torch.meshgrid(*(torch.arange(size, device=device) + 0.5,) * 2, indexing="ij")
     smooth = F.interpolate(coarse.to(device), size=(size, size), mode="bicubic")  # (B, 2, S, S)
@@ -100,13 +100,13 @@ def render(
     for k in range(int(count.max()) if len(count) else 0):
         rows = torch.nonzero(count > k).flatten()
         thing = {key: value[rows, k].to(device) for key, value in things.items()}
-        cover, look = paint(thing, xs, ys)  # (R, S, S) in [0, 1], (R, 3, S, S)
+        cover, look = paint(classes[rows, k], thing, xs, ys)  # (R, S, S) in [0, 1], (R, 3, S, S)
         at = rows.to(device)
         images[at] = torch.lerp(images[at], look, cover[:, None])
         owner[at] = torch.where(cover > 0.5, k, owner[at])
     noise = 0.10 if domain == "shifted" else 0.03
     images = (images + noise * (2 * grain - 1)).clamp_(0, 1)
-    return _annotate(images, owner, things["class"], stuff, count)
+    return _annotate(images, owner, classes, stuff)
 
 
 def _pool(names: str | Sequence[int]) -> Tensor:
@@ -136,8 +136,8 @@ def _draw(indices: Sequence[int], seed: int, size: int) -> tuple[Tensor, Tensor,
 
 def _place(
     u: Tensor, pool: Tensor, size: int, radius: tuple[float, float], domain: str
-) -> dict[str, Tensor]:
-    """Class, geometry and look of MAX_OBJECTS things a scene, each (B, MAX_OBJECTS, ...)."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Class, and geometry and look, of MAX_OBJECTS things a scene, each (B, MAX_OBJECTS, ...)."""
     u = u.view(len(u), MAX_OBJECTS, _PER_THING)
     low, high = radius
     r = low * (high / low) ** u[..., 0]  # log-uniform
@@ -151,8 +151,7 @@ def _place(
         gap = (tries[:, k, :, None] - place[:, None, :k]).norm(dim=-1) - r[:, None, :k]
         best = gap.amin(-1).argmax(-1)
         place[:, k] = tries[torch.arange(len(u)), k, best]
-    return {
-        "class": pool[(u[..., 18] * len(pool)).long().clamp(max=len(pool) - 1)],
+    return pool[(u[..., 18] * len(pool)).long().clamp(max=len(pool) - 1)], {
         "place": place,
         "radius": r,
         "turn": 2 * math.pi * u[..., 19],
@@ -163,23 +162,29 @@ def _place(
     }
 
 
-def _annotate(
-    images: Tensor, owner: Tensor, things: Tensor, stuff: Tensor, count: Tensor
-) -> Scenes:
-    """Labels, masks and captions from the thing that owns each pixel (-1 = background)."""
-    labels, masks, classes, captions = torch.empty_like(owner), [], [], []
-    for row, (n, background) in enumerate(zip(count.tolist(), stuff.tolist(), strict=True)):
-        background = len(THINGS) + background if background >= 0 else IGNORE
-        ids = torch.tensor([*things[row, :n].tolist(), background], device=owner.device)
-        labels[row] = ids[owner[row]]  # owner -1 takes the last entry
-        slots = torch.tensor([*range(n), -1], device=owner.device)
-        regions = owner[row] == slots[:, None, None]
-        keep = regions.flatten(1).any(1) & (ids != IGNORE)
-        masks.append(regions[keep])
-        classes.append(ids[keep])
-        visible = [f"a {THINGS[i]}" for i in classes[-1].tolist() if i < len(THINGS)]
-        text = " and ".join(visible)
-        if background != IGNORE:
-            text = f"{text} on {CLASSES[background]}" if text else CLASSES[background]
-        captions.append(text)
-    return Scenes(images, labels, masks, classes, captions)
+def _annotate(images: Tensor, owner: Tensor, things: Tensor, stuff: Tensor) -> Scenes:
+    """Labels, masks and captions from the thing that owns each pixel (-1 = background).
+
+    Which regions are to be seen is the one question that waits for the device.
+    """
+    background = torch.where(stuff >= 0, len(THINGS) + stuff, IGNORE)
+    ids = torch.cat([things, background[:, None]], dim=1)  # (B, MAX_OBJECTS + 1)
+    slots = owner % ids.shape[1]  # (B, S, S): the background is the last
+    seen = torch.stack([(slots == k).flatten(1).any(1) for k in range(ids.shape[1])], dim=1)
+    seen = seen.cpu() & (ids != IGNORE)
+    rows, columns = seen.nonzero(as_tuple=True)  # of each region, image by image
+    found, counts = ids[seen], seen.sum(1).tolist()
+    captions = []
+    for row in found.split(counts):
+        shown = [CLASSES[i] for i in row.tolist()]
+        text = " and ".join(f"a {name}" for name in shown if name not in STUFF)
+        ground = shown[-1] if shown and shown[-1] in STUFF else ""
+        captions.append(f"{text} on {ground}" if text and ground else text or ground)
+    rows, columns, found, ids = (x.to(owner.device) for x in (rows, columns, found, ids))
+    return Scenes(
+        images,
+        ids.gather(1, slots.flatten(1)).view_as(slots),
+        list((slots[rows] == columns[:, None, None]).split(counts)),
+        list(found.split(counts)),
+        captions,
+    )
