@@ -238,7 +238,7 @@ def _find_mini(checkpoint: str) -> tuple[dict, dict[str, Tensor] | None, Path]:
                 "folder that has one in checkpoint= or OPENTRANS_MINI_CLIP"
             )
     try:
-        config = json.loads(about.read_text())
+        config = json.loads(about.read_bytes())
         build_mini(config)
     except (ValueError, KeyError, TypeError) as error:
         raise LabError(f"{about} is no config of a CLIP ({error!r}); restore it") from error

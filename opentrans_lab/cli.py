@@ -204,6 +204,8 @@ def _exit_code(results: list) -> int:
 def main(args: list[str] | None = None) -> None:
     """Entry point; ``args`` replaces the command line."""
     args = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):  # a locale that lacks a letter ends no run
+        stream.reconfigure(errors="backslashreplace")
     if args == ["--version"]:
         print(f"opentrans-lab {__version__}")
         return

@@ -59,7 +59,7 @@ def spread(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
     end.unlink(missing_ok=True)
     job = {"lab": asdict(lab), "recipe": asdict(recipe), "config": asdict(config)}
     with atomic_path(folder / "job.json") as path:
-        path.write_text(json.dumps(job))
+        path.write_text(json.dumps(job), encoding="utf-8")
     threads = max(1, torch.get_num_threads() // count)
     about = {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "2", PARENT: str(os.getpid())}
     with tempfile.TemporaryDirectory(prefix="opentrans-") as meeting:
@@ -68,7 +68,7 @@ def spread(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:
         command += [f"--rdzv-endpoint={meeting}/torchrun", "-m", __name__, str(folder)]
         about |= {MEETING: f"{meeting}/processes"}
         tail = _show(command, _loopback() | os.environ | about)
-    ended = json.loads(end.read_text()) if end.exists() else {"kind": None, "message": tail}
+    ended = json.loads(end.read_bytes()) if end.exists() else {"kind": None, "message": tail}
     end.unlink(missing_ok=True)
     if ended["kind"] == "result":
         return ended["result"]
@@ -116,7 +116,7 @@ def _show(command: list[str], environment: dict[str, str]) -> str:
 def main(folder: Path) -> int:
     """One of the processes that torchrun starts."""
     threading.Thread(target=_die_with, args=(int(os.environ[PARENT]),), daemon=True).start()
-    job = json.loads((folder / "job.json").read_text())
+    job = json.loads((folder / "job.json").read_bytes())
     lab = replace(Lab(**job["lab"]), devices=1)
     backend = "gloo"
     if pick(lab.device).type == "cuda":
@@ -140,7 +140,7 @@ def main(folder: Path) -> int:
 def _tell(folder: Path, end: dict, always: bool = False) -> None:
     if always or together()[0] == 0:
         with atomic_path(folder / "end.json") as path:
-            path.write_text(json.dumps(end))
+            path.write_text(json.dumps(end), encoding="utf-8")
 
 
 def _die_with(parent: int) -> None:

@@ -12,6 +12,15 @@ class LabError(ValueError):
     keeps its traceback.
     """
 
+    def __str__(self) -> str:
+        return shown(super().__str__())
+
+
+def shown(text: object) -> str:
+    """A text, or a path, in letters that every file and screen takes: a name's bytes that are no
+    UTF-8, which Python keeps as lone surrogates, as ``\\udce9``."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
 
 class OutOfTime(Exception):
     """Training stopped at its deadline with a checkpoint; the same call goes on from there."""

@@ -44,7 +44,7 @@ class Segmented:
     def frozen(self) -> list[str]:
         """Names of the layers (or stages) that are frozen in the end."""
         chosen = sorted(self.folder.glob("frozen-*.json"))
-        return json.loads(chosen[-1].read_text()) if chosen else []
+        return json.loads(chosen[-1].read_bytes()) if chosen else []
 
     @property
     def alphas(self) -> pd.DataFrame:

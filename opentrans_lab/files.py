@@ -43,7 +43,8 @@ def there(path: Path) -> bool:
 def lines(path: Path) -> list[str]:
     """The first word of each line of a list."""
     try:
-        return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
+        return [line.split()[0] for line in text.splitlines() if line.strip()]
     except OSError as error:
         raise unreadable(error) from error
     except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import IGNORE, Dataset
-from .errors import LabError
+from .errors import LabError, shown
 from .evaluate import predict
 from .files import find_pictures
 from .heads.inference import segment_classes
@@ -126,7 +126,7 @@ def own_views(pictures: str, size: int, most: int = 0) -> list[View]:
         if scale < 1:
             shape = [max(1, round(side * scale)) for side in picture.shape[1:]]
             picture = F.interpolate(picture[None], shape, mode="bilinear", antialias=True)[0]
-        views.append(View(path.name, picture.clamp(0, 1), image, None))
+        views.append(View(shown(path.name), picture.clamp(0, 1), image, None))
     return views
 
 

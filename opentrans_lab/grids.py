@@ -136,7 +136,7 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
     """
     path = Path(path)
     try:
-        grid = yaml.load(path.read_text(), _OnceEach)
+        grid = yaml.load(path.read_bytes(), _OnceEach)
     except OSError as error:
         raise LabError(f"no grid {path}; give a .yaml of notebooks/grids") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

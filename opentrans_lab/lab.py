@@ -158,8 +158,8 @@ def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path
                     folder.rmdir()  # an empty folder says nothing; checkpoints stay
                 raise
             with atomic_path(done) as path:
-                path.write_text(json.dumps(result, indent=2))
+                path.write_text(json.dumps(result, indent=2), encoding="utf-8")
             now = max(time.time(), since)  # clocks jump, and those of file servers differ
             os.utime(done, (now, now))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # last: killed before, it goes on
-    return folder, json.loads(done.read_text())["result"]
+    return folder, json.loads(done.read_bytes())["result"]

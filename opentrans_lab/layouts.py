@@ -77,7 +77,7 @@ def _read_panoptic(
 ) -> tuple[list[str], list[str], list[np.ndarray]]:
     """Image names, PNG names and tables (S, 3) of segment id, class id, crowd; sorted by id."""
     try:
-        content = json.loads(index.read_text())
+        content = json.loads(index.read_bytes())
         pictures = {image["id"]: image["file_name"] for image in content["images"]}
         annotations = content["annotations"]
         labelled = {a["image_id"]: a["file_name"] for a in annotations}

@@ -30,7 +30,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from .device import pick
-from .errors import LabError
+from .errors import LabError, shown
 from .files import missing
 from .scenes import IGNORE
 from .text import ClassNames
@@ -131,9 +131,10 @@ class FileDataset(Dataset):
         self.missing, self.asked = missing(paths), asked
 
     def fingerprint(self) -> str:
-        found = hashlib.sha256(self.title.encode())
+        found = hashlib.sha256(self.title.encode(errors="surrogateescape"))
         for path in map(Path, self.images + self.labels):
-            found.update(f"{path} {path.stat().st_size if path.is_file() else None}\n".encode())
+            about = f"{path} {path.stat().st_size if path.is_file() else None}\n"
+            found.update(about.encode(errors="surrogateescape"))
         return found.hexdigest()
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
@@ -200,7 +201,7 @@ class FileDataset(Dataset):
             "segments": mask.as_subclass(Tensor),
             "classes": classes,
             "regions": np.flatnonzero(here & is_region),
-            "file": path.name,
+            "file": shown(path.name),
         }
 
     def _annotate(self, part: dict, device: torch.device, all_of_it: bool) -> Batch:

@@ -141,7 +141,7 @@ def export(clip, clip_config: dict, config: MiniConfig, folder: Path, history, d
     with atomic_path(folder / "model.safetensors") as path:
         save_file(state, path)
     with atomic_path(folder / "config.json") as path:
-        path.write_text(json.dumps(clip_config, indent=2) + "\n")
+        path.write_text(json.dumps(clip_config, indent=2) + "\n", encoding="utf-8")
     backbone = load_backbone("mini", checkpoint=folder, device=device)
     accuracy = {name: zero_shot(backbone, TEMPLATES[name]) for name in ("scenes", "photo", "bare")}
     size = (folder / "model.safetensors").stat().st_size / 1e6
@@ -172,7 +172,7 @@ def export(clip, clip_config: dict, config: MiniConfig, folder: Path, history, d
         "",
     ]
     with atomic_path(folder / "card.md") as path:
-        path.write_text("\n".join(lines))
+        path.write_text("\n".join(lines), encoding="utf-8")
     return folder
 
 

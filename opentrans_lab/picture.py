@@ -184,7 +184,7 @@ def newest(framework: str) -> Path:
     stages = runs_root() / "stages" / "segment"
     done = sorted(stages.glob("[!.]*/result.json"), key=lambda p: p.stat().st_mtime)
     for path in reversed(done):
-        if json.loads(path.read_text())["parameters"]["framework"] == framework:
+        if json.loads(path.read_bytes())["parameters"]["framework"] == framework:
             return path.parent
     raise LabError(
         f"no trained model of {framework!r} under {runs_root()}; train one, for instance with "
@@ -205,7 +205,7 @@ def open_model(
         LabError: not the folder of a trained model.
     """
     try:
-        about = json.loads((folder / "result.json").read_text())["parameters"]
+        about = json.loads((folder / "result.json").read_bytes())["parameters"]
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError, KeyError) as error:
         raise LabError(f"{folder} holds no trained model ({error})") from error

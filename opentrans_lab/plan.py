@@ -130,7 +130,7 @@ def past_speed(jobs: Sequence[Job]) -> float:
     speeds = []
     for work in {w.folder: w for job in jobs for w in work_of(job) if w.finished}.values():
         if work.recipe:
-            result = json.loads((work.folder / "result.json").read_text())["result"]
+            result = json.loads((work.folder / "result.json").read_bytes())["result"]
             speeds.append((result.get("images_per_second") or math.nan) * step_macs(work))
     speeds = [speed for speed in speeds if speed == speed]
     return median(speeds) if speeds else math.nan

@@ -235,14 +235,14 @@ def _same_run(out: Path, config: PruneConfig, backbone: Backbone) -> None:
     """Refuse a folder that holds rounds of other parameters; write down those of this run."""
     about = config.params | {"backbone": backbone.name, "channels": list(backbone.channels)}
     path = out / "config.json"
-    if path.exists() and (was := json.loads(path.read_text())) != about:
+    if path.exists() and (was := json.loads(path.read_bytes())) != about:
         other = next(key for key in about if was.get(key) != about[key])
         raise LabError(
             f"{out} holds a run with {other}={was.get(other)!r}, not {about[other]!r}; name "
             "another folder, or remove this one"
         )
     with atomic_path(path) as partial:
-        partial.write_text(json.dumps(about, indent=2))
+        partial.write_text(json.dumps(about, indent=2), encoding="utf-8")
 
 
 def _save(student: Student, path: Path) -> None:

@@ -48,7 +48,7 @@ def build_report(out: Path | None = None) -> Path:
     """
     out = Path(out) if out else runs_root() / "report"
     index = out / "index.html"
-    if out.exists() and not (index.is_file() and OURS in index.read_text()[:2000]):
+    if out.exists() and not (index.is_file() and OURS in index.read_text(encoding="utf-8")[:2000]):
         raise LabError(f"{out} exists and is no report; name another folder or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     site = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -116,7 +116,7 @@ def revision() -> str:
     if (PROJECT / ".git").exists():
         command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--exclude=*"]
         try:
-            described = subprocess.run(command, capture_output=True, text=True, check=True)
+            described = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
             return described.stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             pass  # no git here, or nothing committed yet
@@ -207,7 +207,7 @@ class Run:
             "versions": versions(),
         }
         with atomic_path(self.dir / "metrics.json") as tmp:
-            tmp.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+            tmp.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def put(stage: Path, folder: Path, whole: Callable[[], bool]) -> None:
@@ -246,7 +246,7 @@ def load(folder: Path) -> dict | None:
     """
     path = Path(folder) / "metrics.json"
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_bytes())
         return record if record["status"] == "ok" and record["parameters"] is not None else None
     except (FileNotFoundError, NotADirectoryError):  # or another runner replaces it just now
         return None

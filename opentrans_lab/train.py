@@ -135,7 +135,7 @@ def fit(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if last is not None:
         accelerator.load_state(str(last))
-        rows = json.loads((last / "history.json").read_text())
+        rows = json.loads((last / "history.json").read_bytes())
     bf16 = use_bf16(config.precision, accelerator.device)
     until = deadline()
 
@@ -292,7 +292,7 @@ def _save(accelerator: Accelerator, out: Path, step: int, rows: list[dict]) -> P
     accelerator.save_state(str(partial))  # each process adds its own random state
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / "history.json").write_text(json.dumps(rows))
+        (partial / "history.json").write_text(json.dumps(rows), encoding="utf-8")
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)

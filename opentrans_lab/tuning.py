@@ -182,12 +182,12 @@ def _freeze_by_alpha(recipe: Recipe, folder: Path, step: int, model: nn.Module) 
         if not (folder / "alphas.csv").exists():
             save_table(alphas, folder / "alphas.csv")
         with atomic_path(choice) as path:
-            path.write_text(json.dumps(names))
+            path.write_text(json.dumps(names), encoding="utf-8")
     wait()
     unfreeze(model)
     if recipe.norm == "eval":
         hold_norms(model)
-    freeze(model, json.loads(choice.read_text()))
+    freeze(model, json.loads(choice.read_bytes()))
 
 
 def _evaluate(model: nn.Module, lab: Lab, recipe: Recipe, folder: Path) -> dict[str, float]:

@@ -152,6 +152,21 @@ def test_every_import_is_a_declared_dependency():
     assert names <= declared, names - declared
 
 
+def test_text_is_read_and_written_as_utf8_whatever_the_locale():
+    """Where no encoding is given, the locale decides: on some machines that is ASCII."""
+    loose = []
+    for path in sorted((ROOT / "opentrans_lab").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name, told = ast.unparse(call.func), {keyword.arg for keyword in call.keywords}
+            opened = name.split(".")[-1] == "open" and name != "Image.open"
+            opened &= "b'" not in ast.unparse(call)
+            started = name.startswith("subprocess.") and "text" in told
+            if opened or started or name.endswith(("read_text", "write_text")):
+                loose += [f"{path.name}: {ast.unparse(call)}"] * ("encoding" not in told)
+    assert not loose
+
+
 def test_no_two_modules_import_each_other():
     """A module imports only what lies below it; the package's own lazy shortcut is no module."""
     below = {}
