@@ -8,24 +8,30 @@ STAMP   := .venv/.installed
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lab lint mini-clip campaign bench overfit clean
+.PHONY: help env demo check test lab lint mini-clip campaign bench overfit constraints clean
+# Versions that pass all tests; LATEST=1 takes what the registry has today.
+PINNED  := $(if $(LATEST),,--constraint constraints.txt)
 
 help:  ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet $(PINNED) --editable '.[test]'
 	@touch $@
 
-env: $(STAMP)  ## create .venv and install the project into it
+env: $(STAMP)  ## create .venv and install the project into it (LATEST=1: newest libraries)
 
 demo: env  ## run all notebooks on the mini lab and build the HTML report
 	@$(BIN)/opentrans-lab run notebooks/grids/demo.yaml; status=$$?; \
 	  $(BIN)/opentrans-lab report && exit $$status
+
+check: env  ## style and the fast tests, in under three minutes
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not slow' -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: env  ## run every test, the notebooks included, on up to four cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -50,6 +56,12 @@ bench: env  ## time alpha, masks and counting against other libraries, and steps
 
 overfit: env  ## let each framework learn 8 photographs: make overfit COCO=/data/coco (30 minutes)
 	$(BIN)/python tests/overfit_coco.py $(COCO) runs/overfit
+
+constraints: env  ## take the newest versions, try them with every test, and write constraints.txt
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	$(MAKE) test LATEST=1
+	{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > .constraints
+	mv .constraints constraints.txt && touch $(STAMP)
 
 clean:  ## remove caches and build products; runs and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

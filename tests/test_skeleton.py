@@ -16,6 +16,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from opentrans_lab.grids import defaults, load_grid
 
@@ -115,7 +117,8 @@ def test_environment_installs_the_project_itself_and_nothing_twice():
         tomllib.loads((ROOT / "pyproject.toml").read_text()),
     )
     *conda, pip = environment["dependencies"]
-    assert pip == {"pip": ["-e .[test]"]} and "test" in project["project"]["optional-dependencies"]
+    assert pip == {"pip": ["-c constraints.txt", "-e .[test]"]}
+    assert "test" in project["project"]["optional-dependencies"]
     assert environment["name"] == project["project"]["name"]
     names = {re.match(r"[\w-]+", line)[0] for line in conda}
     libraries = {re.match(r"[\w-]+", line)[0] for line in project["project"]["dependencies"]}
@@ -124,6 +127,21 @@ def test_environment_installs_the_project_itself_and_nothing_twice():
     assert any(line.startswith(f"python{least}") for line in conda)
     listed = [line for line in text.splitlines() if line.lstrip().startswith("- ")]
     assert all("  # " in line for line in listed if not line.endswith("pip:"))
+
+
+def test_constraints_name_one_allowed_version_of_every_library():
+    lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x[:1] != "#"]
+    pinned = {canonicalize_name(name): at for name, at in (x.split("==") for x in lines)}
+    assert len(pinned) == len(lines)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    wanted = [Requirement(line) for group in lists for line in group]
+    for need in wanted:
+        if (name := canonicalize_name(need.name)) != project["name"]:
+            assert name in pinned, f"constraints.txt lacks {name}; run `make constraints`"
+            assert need.specifier.contains(pinned[name]), f"{need} excludes {pinned[name]}"
+    for user in ("Makefile", "environment.yml"):
+        assert "constraints.txt" in (ROOT / user).read_text()
 
 
 def test_every_import_is_a_declared_dependency():
