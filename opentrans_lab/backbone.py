@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .device import pick
 from .errors import LabError
-from .results import PROJECT
+from .files import shipped
 from .text import TextEncoder, find_templates
 from .weights import fetch, read
 
@@ -221,7 +221,7 @@ def _layers(visual: ModifiedResNet) -> tuple[nn.Module, ...]:
 
 def mini_folder(checkpoint: str = "") -> Path:
     """Where the mini CLIP is: ``checkpoint``, ``$OPENTRANS_MINI_CLIP``, or the project's own."""
-    named = checkpoint or os.environ.get("OPENTRANS_MINI_CLIP") or PROJECT / "data" / "mini_clip"
+    named = checkpoint or os.environ.get("OPENTRANS_MINI_CLIP") or shipped("data/mini_clip")
     return Path(named).expanduser()
 
 

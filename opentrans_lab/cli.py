@@ -159,6 +159,20 @@ class CampaignCommand:
 
 
 @dataclass
+class NotebooksCommand:
+    """Copy the lab's notebooks and grids to a folder of yours, for who installed without them."""
+
+    folder: Positional[Path]
+    """A new or empty one."""
+
+    def __call__(self) -> int:
+        from .files import copy_shipped
+
+        print(f"notebooks: {copy_shipped('notebooks', self.folder)}; start with 00_index.ipynb")
+        return 0
+
+
+@dataclass
 class MiniClipCommand:
     """Train the mini CLIP from scratch on procedural scenes; resumes where it stopped."""
 
@@ -187,6 +201,7 @@ Command = (
     | Annotated[DataCommand, named("data")]
     | Annotated[EvaluateCommand, named("evaluate")]
     | Annotated[CampaignCommand, named("campaign")]
+    | Annotated[NotebooksCommand, named("notebooks")]
     | Annotated[MiniClipCommand, named("mini-clip")]
 )
 

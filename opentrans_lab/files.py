@@ -6,13 +6,36 @@ import csv
 import glob
 import os
 import shlex
+import shutil
 from collections.abc import Iterable
+from importlib import resources
 from pathlib import Path
 
 from .errors import LabError
 
 DATA_VARIABLES = ("OPENTRANS_DATA", "DETECTRON2_DATASETS")  # the second for benchmarks only
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def shipped(path: str) -> Path:
+    """A file or folder that travels with the library, such as ``"data/paper"`` or ``"notebooks"``.
+
+    The same in a checkout, where these lie at the top, and in an installed wheel, which has copies.
+    """
+    return Path(str(resources.files(__package__).joinpath("_shipped", path))).resolve()
+
+
+def copy_shipped(path: str, folder: Path) -> Path:
+    """Copy what :func:`shipped` names into ``folder``, which must be new or empty; returns it.
+
+    Raises:
+        LabError: there is something already.
+    """
+    folder = folder.expanduser()
+    if folder.exists() and there(folder):
+        raise LabError(f"{folder} is not empty; name a new folder: nothing of yours is overwritten")
+    left_out = shutil.ignore_patterns(".*", "__pycache__")
+    return Path(shutil.copytree(shipped(path), folder, ignore=left_out, dirs_exist_ok=True))
 
 
 def entries(folder: Path | str) -> list[str]:

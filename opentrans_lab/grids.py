@@ -16,8 +16,8 @@ import papermill
 import yaml
 
 from .errors import LabError
-from .files import named_root
-from .results import PROJECT, run_dir
+from .files import named_root, shipped
+from .results import run_dir
 
 GRID_KEYS = {"runs", "defaults", "outermost"}
 ENTRY_KEYS = {"notebook", "parameters", "after_all"}
@@ -226,7 +226,7 @@ def find_notebook(name: str, grid: Path) -> Path:
         LabError: it is in none of the folders where it is looked for.
     """
     grid = grid.resolve()
-    folders = (grid.parent, grid.parent.parent, PROJECT / "notebooks")
+    folders = (grid.parent, grid.parent.parent, shipped("notebooks"))
     candidates = [folder / f"{name.removesuffix('.ipynb')}.ipynb" for folder in folders]
     found = next((p for p in candidates if p.is_file()), None)
     if found is None:

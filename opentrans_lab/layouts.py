@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from .errors import LabError
-from .files import entries, find_root, read_csv
+from .files import entries, find_root, read_csv, shipped
 from .loader import FileDataset, check_split, open_picture
 from .scenes import IGNORE
 
-CLASS_NAMES = Path(__file__).parents[1] / "data" / "class_names"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 UNKNOWN = -2  # a label value that no class list explains
 
@@ -221,7 +220,8 @@ def read_class_names(benchmark: str) -> list[dict[str, str]]:
     ``prompts`` are separated by ``|``, ``kind`` is thing or stuff, and ``label`` is the value in
     the official label files.
     """
-    return read_csv(CLASS_NAMES / f"{benchmark}.csv", ("id", "name", "prompts", "kind", "label"))
+    table = shipped(f"data/class_names/{benchmark}.csv")
+    return read_csv(table, ("id", "name", "prompts", "kind", "label"))
 
 
 def take_classes(dataset: FileDataset, rows: list[dict[str, str]]) -> None:

@@ -16,6 +16,7 @@ import pandas as pd
 from pandas.errors import EmptyDataError
 
 from .errors import LabError
+from .files import shipped
 from .grids import defaults
 from .page import (
     BACK,
@@ -27,7 +28,7 @@ from .page import (
     number,
     render,
 )
-from .results import PROJECT, put, records, revision, runs_root
+from .results import put, records, revision, runs_root
 
 OURS = 'content="opentrans-lab"'  # in every page of ours: such a folder may be replaced
 CLAIMS = "claims"  # a run's table that the site begins with, of several the newest
@@ -116,7 +117,7 @@ def _section(
 ) -> dict:
     """What the index shows of one notebook."""
     title, question = name, ""
-    notebooks = [PROJECT / "notebooks" / f"{name}.ipynb"]  # published runs come without theirs
+    notebooks = [shipped(f"notebooks/{name}.ipynb")]  # published runs come without theirs
     for path in notebooks + [folder / "executed.ipynb" for folder, _ in found]:
         if path.is_file():
             title, question = heading(nbformat.read(path, as_version=4), name)
@@ -169,7 +170,7 @@ def _changed(folder: Path, record: dict) -> dict:
     executed = folder / "executed.ipynb"
     if executed.is_file():
         return changed_parameters(nbformat.read(executed, as_version=4))
-    path = PROJECT / "notebooks" / f"{record['notebook']}.ipynb"
+    path = shipped(f"notebooks/{record['notebook']}.ipynb")
     usual = defaults(path) if path.is_file() else {}
     return {k: v for k, v in record["parameters"].items() if k not in usual or usual[k] != v}
 

@@ -9,7 +9,8 @@ from pandas.io.formats.style import Styler
 from scipy.stats import t as student_t
 
 from .errors import LabError
-from .results import PROJECT, records, run_key
+from .files import shipped
+from .results import records, run_key
 
 APART = ("seed", "device", "devices")  # parameters that make no experiment another one
 ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "reselect": 0}
@@ -145,7 +146,7 @@ def paper(name: str) -> pd.DataFrame:
     Raises:
         LabError: no such table.
     """
-    path = PROJECT / "data" / "paper" / f"{name}.csv"
+    path = shipped(f"data/paper/{name}.csv")
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv")))
         raise LabError(f"the paper's {name!r} is not in data/paper; choose one of: {known}")
