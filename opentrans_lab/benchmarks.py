@@ -16,9 +16,10 @@ import numpy as np
 from scipy.io import loadmat
 
 from .errors import LabError
-from .files import entries, find_root, lines, stems, there
+from .files import entries, find_root, lines, stems, there, wanted
 from .layouts import UNKNOWN, LabelFiles, read_class_names, take_classes
-from .loader import check_split, open_picture
+from .loader import check_split
+from .pictures import read_colours
 from .scenes import IGNORE
 
 Pairs = list[tuple[Path, Path]]  # image and label files
@@ -36,7 +37,7 @@ class Layout:
     contiguous: bool = False
     """Labels hold our class ids and 255 or 65535, instead of the official values."""
     read: Callable[[Path], np.ndarray] | None = None
-    """Label file -> values (H, W); default: a picture of one channel."""
+    """Label file -> values (H, W); default: ``pictures.read_label``."""
     splits: Mapping[str, str] = field(default_factory=dict)
     """Our words for the splits -> the layout's, where they differ."""
     shorter_side: int = 0
@@ -85,7 +86,7 @@ class BenchmarkFiles(LabelFiles):
         self.reader = layout.read
         self.shorter_side = layout.shorter_side
         self.images, self.labels = ([str(pair[k]) for pair in pairs[:limit]] for k in (0, 1))
-        self.expect(self.images + self.labels, told)
+        self.expect(told)
         self.size, self.length = size, len(self.images)
         self.title = f"{about.title} ({split}, {self.length} images)"
 
@@ -147,7 +148,7 @@ def _ade_full(root: Path, split: str) -> Pairs:
     """Found by their names: the index is a pickle and is not opened."""
     pairs = []
     for folder, folders, _ in os.walk(root / "images/ADE" / split):
-        folders.sort()
+        folders[:] = sorted(filter(wanted, folders))
         names = stems(folder, ".jpg") | stems(folder, "_seg.png")
         place = Path(folder)
         pairs += [
@@ -160,10 +161,7 @@ def _ade_full(root: Path, split: str) -> Pairs:
 
 def _ade_values(path: Path) -> np.ndarray:
     """ADE20K's object ids (H, W): (R // 10) · 256 + G."""
-    picture = open_picture(path)
-    if picture.mode != "RGB":
-        raise LabError(f"{path} has mode {picture.mode}; ADE20K's labels are RGB pictures")
-    red, green, _ = np.moveaxis(np.asarray(picture).astype(np.int32), -1, 0)
+    red, green, _ = np.moveaxis(read_colours(path), -1, 0)
     return red // 10 * 256 + green
 
 

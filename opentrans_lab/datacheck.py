@@ -26,13 +26,13 @@ class Checked:
     images: int  # that could be read
     broken: list[tuple[str, str]]  # file and reason: missing, truncated, sizes or values wrong
     classes: pd.DataFrame = field(repr=False)  # id, name, seen, images, share (of the labelled)
-    ignored: float = 0.0  # fraction of the pixels
+    ignored: float = 0.0  # fraction of the pixels, 1 where none has a class
     sizes: Counter = field(default_factory=Counter, repr=False)  # (height, width) -> images
     missing: int = 0  # files
 
     @property
     def fine(self) -> bool:
-        return not self.broken and self.images > 0
+        return not self.broken and self.classes["images"].any()
 
     def __str__(self) -> str:
         never = self.classes.loc[self.classes["images"] == 0, "name"].tolist()
@@ -48,6 +48,9 @@ class Checked:
             f"  files missing      {self.missing}",
             f"  images not read    {len(self.broken)}",
         ]
+        if not self.classes["images"].any():
+            lines.append("  no pixel has a class, so there is nothing to train on or to measure; "
+                         "compare the labels' values with the list of classes")  # fmt: skip
         lines += [f"    {reason}" for _, reason in self.broken[:20]]
         if len(self.broken) > 20:
             lines.append(f"    and {len(self.broken) - 20} more")

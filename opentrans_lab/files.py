@@ -15,6 +15,8 @@ from .errors import LabError
 
 DATA_VARIABLES = ("OPENTRANS_DATA", "DETECTRON2_DATASETS")  # the second for benchmarks only
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+LEFT_BEHIND = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin",
+               "lost+found", "system volume information")  # fmt: skip
 
 
 def shipped(path: str) -> Path:
@@ -39,15 +41,20 @@ def copy_shipped(path: str, folder: Path) -> Path:
 
 
 def entries(folder: Path | str) -> list[str]:
-    """Names in a folder, sorted, without hidden ones (macOS leaves ``._`` twins of pictures).
+    """Names in a folder, sorted, without what systems leave there: hidden ones and their like.
 
     Raises:
         LabError: not there, not a folder, or not readable.
     """
     try:
-        return sorted(e.name for e in os.scandir(folder) if not e.name.startswith("."))
+        return sorted(filter(wanted, os.listdir(folder)))
     except OSError as error:
         raise unreadable(error) from error
+
+
+def wanted(name: str) -> bool:
+    """Whether a person put it there: no ``._`` twin, ``.ipynb_checkpoints``, ``Thumbs.db``."""
+    return not name.startswith(".") and name.lower() not in LEFT_BEHIND
 
 
 def unreadable(error: OSError) -> LabError:
@@ -66,30 +73,52 @@ def there(path: Path) -> bool:
 def lines(path: Path) -> list[str]:
     """The first word of each line of a list."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return [line.split()[0] for line in text.splitlines() if line.strip()]
     except OSError as error:
         raise unreadable(error) from error
     except UnicodeDecodeError as error:
-        raise LabError(f"{path} is no list of names in text ({error}); restore it") from error
+        raise LabError(f"{path} is no list of names in UTF-8 ({error}); save it as such") from error
 
 
-def stems(folder: Path | str, suffix: str) -> set[str]:
-    """What stands before ``suffix`` in the names of a folder."""
-    return {name.removesuffix(suffix) for name in entries(folder) if name.endswith(suffix)}
+def stems(folder: Path | str, *suffixes: str) -> dict[str, str]:
+    """What stands before a suffix, in capitals or not -> the whole name, in the order of names.
+
+    Raises:
+        LabError: two files have the same stem.
+    """
+    found: dict[str, str] = {}
+    for name in entries(folder):
+        suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
+        if suffix is None:
+            continue
+        stem = name[: -len(suffix)]
+        if stem in found:
+            raise LabError(f"{folder} holds both {found[stem]} and {name}, to which the same "
+                           "picture or label would belong; rename or remove one")  # fmt: skip
+        found[stem] = name
+    return found
 
 
-def missing(paths: Iterable[str]) -> list[str]:
-    """Those that are not there."""
-    known: dict[str, set[str]] = {}
-    lost = []
+def located(paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Paths as the files are spelled, whose suffix may be in capitals; and those of no file."""
+    known: dict[str, dict[str, str]] = {}
+    spelled, lost = [], []
     for path in paths:
         folder, name = os.path.split(path)
         if folder not in known:
-            known[folder] = set(entries(folder)) if os.path.exists(folder) else set()
-        if name not in known[folder]:
+            names = entries(folder) if os.path.exists(folder) else []
+            known[folder] = {_plain(n): n for n in names} | {n: n for n in names}
+        here = known[folder].get(name) or known[folder].get(_plain(name))
+        spelled.append(os.path.join(folder, here) if here else path)
+        if not here:
             lost.append(path)
-    return lost
+    return spelled, lost
+
+
+def _plain(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem + suffix.lower()
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
@@ -155,7 +184,7 @@ def find_pictures(text: str) -> list[Path]:
                 raise LabError(f"{path} holds no picture ({', '.join(PICTURES)}); name another")
         else:
             some = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-            some = [path] if path.is_file() else [p for p in some if p.is_file()]
+            some = [path] if path.is_file() else [p for p in some if p.is_file() and wanted(p.name)]
         if not some:
             raise LabError(
                 f"there is no picture {path} (looked for in {Path.cwd()}); pictures= takes files, "

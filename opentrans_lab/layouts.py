@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from .errors import LabError
-from .files import entries, find_root, read_csv, shipped
-from .loader import FileDataset, check_split, open_picture
+from .files import PICTURES, entries, find_root, read_csv, shipped, stems
+from .loader import FileDataset, check_split
+from .pictures import read_colours, read_label
 from .scenes import IGNORE
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 UNKNOWN = -2  # a label value that no class list explains
 
 
@@ -51,7 +51,7 @@ class CocoPanoptic(FileDataset):
         images, labels, tables = _read_panoptic(index, {int(r["label"]): r for r in classes}, limit)
         self.images = [str(root / f"{split}2017" / name) for name in images]
         self.labels = [str(pngs / name) for name in labels]
-        self.expect(self.images + self.labels, f"but {index} asks for it")
+        self.expect(f"but {index} asks for it")
         # One array for all images: workers share it, where a list of objects would be copied.
         self.tables = np.concatenate(tables)
         self.ends = np.cumsum([len(t) for t in tables])
@@ -61,10 +61,7 @@ class CocoPanoptic(FileDataset):
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
         path, end = Path(self.labels[index]), self.ends[index]
         table = self.tables[self.ends[index - 1] if index else 0 : end]  # (S, 3), by segment id
-        picture = open_picture(path)
-        if picture.mode != "RGB":
-            raise LabError(f"{path} has mode {picture.mode}; panoptic labels are RGB pictures")
-        rgb = np.asarray(picture).astype(np.int32)  # (H, W, 3)
+        rgb = read_colours(path)  # (H, W, 3)
         found = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
         ids = np.append(table[:, 0], 2**24).astype(np.int32)  # the last one is no pixel's
         at = np.searchsorted(ids, found).astype(np.int32)
@@ -77,42 +74,73 @@ def _read_panoptic(
     """Image names, PNG names and tables (S, 3) of segment id, class id, crowd; sorted by id."""
     try:
         content = json.loads(index.read_bytes())
-        pictures = {image["id"]: image["file_name"] for image in content["images"]}
-        annotations = content["annotations"]
-        labelled = {a["image_id"]: a["file_name"] for a in annotations}
-        names = {c["id"]: c["name"] for c in content["categories"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise LabError(f"{index} is not a COCO-Panoptic index ({error!r}); get it again") from error
+    except ValueError as error:
+        raise LabError(f"{index} is no JSON ({error}); get it again") from error
+    key = int | str
+    categories = _records(index, content, "categories", "id", {"id": int, "name": str})
+    names = {n: category["name"] for n, category in categories.items()}
+    labelled = _records(index, content, "annotations", "image_id",
+                        {"image_id": key, "file_name": str, "segments_info": list})  # fmt: skip
+    pictures = _records(index, content, "images", "id", {"id": key, "file_name": str})
     for key, name in names.items():
         if key not in classes or classes[key]["name"] != name:
             raise LabError(
                 f"{index} lists category {key} {name!r}, which is none of COCO-Panoptic's 133; "
                 "bring other data sets as dataset='folder'"
             )
-    if lonely := sorted(labelled.keys() - pictures.keys()):
+    if lonely := sorted(labelled.keys() - pictures.keys(), key=str):
         raise LabError(f"{index} labels image {lonely[0]}, which its list of images lacks")
-    if bare := sorted(pictures.keys() - labelled.keys()):
-        raise LabError(f"{index} has no annotation for image {pictures[bare[0]]}")
-    if not annotations:
+    if bare := sorted(pictures.keys() - labelled.keys(), key=str):
+        bare_name = pictures[bare[0]]["file_name"]
+        raise LabError(f"{index} has no annotation for image {bare_name}")
+    if not labelled:
         raise LabError(f"{index} lists no image: the split is empty")
 
     images, labels, tables = [], [], []
-    for annotation in annotations[:limit]:
+    for annotation in list(labelled.values())[:limit]:
+        content, where = {"segments_info": annotation["segments_info"]}, annotation["file_name"]
+        segments = _records(f"{index}, {where}", content, "segments_info", "id",
+                            {"id": int, "category_id": int})  # fmt: skip
         rows = []
-        for segment in annotation.get("segments_info", ()):
-            if not {"id", "category_id"} <= segment.keys():
-                raise LabError(f"{index}, {annotation['file_name']}: a segment lacks id or class")
+        for number, segment in segments.items():
             if segment["category_id"] not in classes:
                 raise LabError(
-                    f"{index}, {annotation['file_name']}: category {segment['category_id']} "
-                    "is none of COCO-Panoptic's 133"
+                    f"{index}, {where}: category {segment['category_id']} is none of "
+                    "COCO-Panoptic's 133"
+                )
+            if not 0 <= number < 2**24 or segment.get("iscrowd") not in (None, 0, 1):
+                raise LabError(
+                    f"{index}, {where}: segment {number} has an id that no pixel can have, or an "
+                    f"iscrowd that is not 0 or 1 ({segment.get('iscrowd')!r}); get the index again"
                 )
             contiguous = int(classes[segment["category_id"]]["id"])
-            rows.append((segment["id"], contiguous, segment.get("iscrowd", 0)))
-        images.append(pictures[annotation["image_id"]])
-        labels.append(annotation["file_name"])
+            rows.append((number, contiguous, bool(segment.get("iscrowd"))))
+        images.append(pictures[annotation["image_id"]]["file_name"])
+        labels.append(where)
         tables.append(np.array(sorted(rows), dtype=np.int64).reshape(-1, 3))
     return images, labels, tables
+
+
+def _records(where: object, content: object, key: str, by: str, kinds: dict) -> dict:
+    """The list ``key`` of an index by its entries' field ``by``; each has fields of these kinds.
+
+    Other tools leave out lists, or write null, text or a number where something else belongs.
+    """
+    rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise LabError(f"{where} has no list {key!r}: that is no COCO-Panoptic index; get it again")
+    found = {}
+    for row in rows:
+        for field, kind in kinds.items():
+            value = row.get(field) if isinstance(row, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool):
+                named = getattr(kind, "__name__", kind)
+                raise LabError(f"{where}: an entry of {key!r} has no {field!r} ({named}): "
+                               f"{str(row):.80}; get the index again")  # fmt: skip
+        if row[by] in found:
+            raise LabError(f"{where}: {key!r} has {by} {row[by]!r} twice; get the index again")
+        found[row[by]] = row
+    return found
 
 
 class LabelFiles(FileDataset):
@@ -120,17 +148,23 @@ class LabelFiles(FileDataset):
 
     table: np.ndarray  # (65536,) int32: label value -> class id, IGNORE or UNKNOWN
     listing: object  # what lists the values, for errors
-    always_ignored = False  # 255 in 8 bit and 65535 in 16 bit, whatever the table says
+    always_ignored = False  # 255 in 8 bit and 65535 in 16 bit, which no class may claim then
     reader: Callable[[Path], np.ndarray] | None = None  # default: a picture of one channel
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
         """Each class that is present is one region."""
         path = Path(self.labels[index])
-        raw = self.reader(path) if self.reader else _one_channel(path)
+        raw = (self.reader or read_label)(path)
         table = self.table
         if self.always_ignored:
-            table = table.copy()
-            table[255 if raw.dtype.itemsize == 1 else 65535] = IGNORE
+            last, table = 255 if raw.dtype.itemsize == 1 else 65535, table.copy()
+            if table[last] >= 0 and (raw == last).any():
+                bits = 8 * raw.dtype.itemsize
+                raise LabError(
+                    f"{path} holds {last}, which means 'ignored' in {bits} bit, but classes.csv "
+                    f"lists it as {self.names[table[last]]!r}; give the class another id, in both"
+                )
+            table[last] = IGNORE
         if raw.dtype.kind == "f" and (raw == raw.round()).all():
             raw = raw.astype(np.int64)  # Matlab's numbers
         if raw.dtype.kind not in "iu":
@@ -142,19 +176,13 @@ class LabelFiles(FileDataset):
         return found, np.arange(len(self.names)), np.ones(len(self.names), dtype=bool), path
 
 
-def _one_channel(path: Path) -> np.ndarray:
-    raw = np.asarray(open_picture(path))
-    if raw.ndim != 2:
-        raise LabError(f"{path} is a colour picture; labels have one channel of class ids")
-    return raw
-
-
 class Folder(LabelFiles):
     """Anyone's own data: ``images/{split}/``, ``labels/{split}/*.png`` and ``classes.csv``.
 
-    Labels are pictures of one channel, 8 or 16 bit, that hold the ids of ``classes.csv`` (id,
-    name, and optionally ignore = 0 or 1); 255 in 8 bit and 65535 in 16 bit are always ignored.
-    Each class that is present is one region.
+    Labels are pictures of one channel, 1 to 16 bit (``pictures.read_label``), that hold the ids of
+    ``classes.csv`` (id, name, and optionally ignore = 0 or 1); 255 in 8 bit and 65535 in 16 bit
+    are always ignored, so that no class may have them there. Each picture has the label of its
+    name and each label its picture. Each class that is present is one region.
     """
 
     LAYOUT = "a folder data set has images/{split}/, labels/{split}/*.png and classes.csv"
@@ -174,14 +202,16 @@ class Folder(LabelFiles):
         self.seen = torch.ones(len(self.names), dtype=torch.bool)
         self.things = torch.zeros(len(self.names), dtype=torch.bool)
         images, labels = root / "images" / split, root / "labels" / split
-        found = [n for n in entries(images) if Path(n).suffix.lower() in IMAGE_SUFFIXES][:limit]
+        found = stems(images, *PICTURES)
         if not found:
             raise LabError(f"{images} holds no images: the split is empty")
         if not labels.is_dir():
             raise LabError(f"{labels} is missing: {self.LAYOUT}")
-        self.images = [str(images / name) for name in found]
-        self.labels = [str(labels / f"{Path(name).stem}.png") for name in found]
-        self.expect(self.labels, f"but {images} asks for it")
+        drawn = stems(labels, ".png")
+        pairs = found | {stem: f"{stem}.*" for stem in drawn if stem not in found}
+        self.images = [str(images / name) for name in pairs.values()][:limit]
+        self.labels = [str(labels / f"{stem}.png") for stem in pairs][:limit]
+        self.expect(f"but {images} and {labels} must hold a picture and a label of each name")
         self.size, self.length = size, len(self.images)
         self.title = f"{root.resolve().name} ({split}, {self.length} images)"
 

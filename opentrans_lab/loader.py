@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
@@ -31,7 +30,8 @@ from torchvision.transforms.v2 import functional as F
 
 from .device import pick
 from .errors import LabError, shown
-from .files import missing
+from .files import located
+from .pictures import aligned, read_picture
 from .scenes import IGNORE
 from .text import ClassNames
 from .transforms import Look, fit_square, floored, look, scaled
@@ -126,9 +126,13 @@ class FileDataset(Dataset):
     shorter_side = 0  # larger pictures are reduced to it on reading, labels too
     jitter = False  # large-scale jitter in training: scales of 0.1 to 2
 
-    def expect(self, paths: list[str], asked: str) -> None:
-        """Look which of these files are not there; ``asked`` says who wants them."""
-        self.missing, self.asked = missing(paths), asked
+    def expect(self, asked: str) -> None:
+        """Look which files are not there, and which have a suffix in capitals.
+
+        ``asked`` says who wants them.
+        """
+        (self.images, lost), (self.labels, more) = located(self.images), located(self.labels)
+        self.missing, self.asked = lost + more, asked
 
     def fingerprint(self) -> str:
         found = hashlib.sha256(self.title.encode(errors="surrogateescape"))
@@ -138,7 +142,10 @@ class FileDataset(Dataset):
         return found.hexdigest()
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
-        """Segment map (H, W) int32, class ids (S,), which are regions (S,) bool, the label file."""
+        """Segment map (H, W) int32, class ids (S,), which are regions (S,) bool, the label file.
+
+        The map is as the label file has it, see ``pictures.aligned``.
+        """
         raise NotImplementedError
 
     def batches(
@@ -180,12 +187,10 @@ class FileDataset(Dataset):
     def load(self, index: int, look: Look, train: bool) -> dict:
         """One sample: image (3, h, w) uint8, segments (H, W) int32, classes, regions, file."""
         path = Path(self.images[index])
-        pixels = np.array(open_picture(path).convert("RGB"))
+        picture = read_picture(path)
         found, classes, is_region, label = self.segments(index)
-        if found.shape != pixels.shape[:2]:
-            sizes = " and ".join(f"{w}x{h}" for h, w in (found.shape, pixels.shape[:2]))
-            raise LabError(f"{label} and {path} differ in size ({sizes}); they must be one picture")
-        image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+        found = aligned(found, label, picture, path)
+        image = tv_tensors.Image(torch.from_numpy(picture.pixels).permute(2, 0, 1))
         mask = tv_tensors.Mask(torch.from_numpy(found))
         if self.shorter_side and min(found.shape) > self.shorter_side:
             size = scaled(*found.shape, self.shorter_side / min(found.shape))
@@ -256,18 +261,6 @@ def _collate(samples: list[dict]) -> dict:
 
 def _as_is(loaded: object) -> object:
     return loaded
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A decoded picture."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except FileNotFoundError:
-        raise LabError(f"{path} is missing; restore the file") from None
-    except Exception as error:  # Pillow's decoders raise many kinds on a broken file
-        raise LabError(f"{path} cannot be decoded ({error}); restore the file") from error
 
 
 def check_split(split: str, valid: Collection[str], where: object) -> None:

@@ -75,7 +75,11 @@ def measure(
         save_table(table, out)
     percent = [c for c in ("iou", "pq", "sq", "rq") if c in shown]
     lines = [title, *(f"  {name:<22}{100 * value:6.2f} %" for name, value in scores.items())]
-    lines.append(_text(shown.assign(**{c: 100 * shown[c] for c in percent}).head(SHOWN)))
+    if shown.empty:
+        lines.append("no pixel that was read has a class, so there is nothing to measure; see "
+                     "`opentrans-lab data check`")  # fmt: skip
+    else:
+        lines.append(_text(shown.assign(**{c: 100 * shown[c] for c in percent}).head(SHOWN)))
     if len(shown) > SHOWN:
         lines.append(f"and {len(shown) - SHOWN} classes more" + ("" if out else " (see --out)"))
     if skipped:

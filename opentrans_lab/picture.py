@@ -11,20 +11,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from . import pictures
 from .backbone import load_backbone
 from .device import pick
 from .errors import LabError
 from .evaluate import evaluating, predict
 from .frameworks import FRAMEWORKS, build
-from .loader import open_picture
 from .overlays import compare, overlay
 from .results import runs_root
 from .text import ClassNames, flat_names
-from .transforms import GREY
 
 LEAST = 32  # pixels a side: the trunk's stride
 
@@ -110,7 +109,7 @@ def segment(
 
 
 def read_picture(image: str | Path | Image.Image | Tensor | np.ndarray) -> Tensor:
-    """A picture as (3, H, W) float32 in [0, 1]: upright, colour, without transparency.
+    """A picture as (3, H, W) float32 in [0, 1]: as ``pictures.read_picture`` shows it.
 
     Raises:
         LabError: unreadable, of another shape or range, or without a pixel of size.
@@ -134,24 +133,9 @@ def read_picture(image: str | Path | Image.Image | Tensor | np.ndarray) -> Tenso
             path = Path(image).expanduser()
             if not path.is_file():
                 raise LabError(f"there is no picture {path}")
-            image = open_picture(path)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # 16 bits: PIL would clip them at 255
-            wide = np.asarray(image, dtype=np.float32)
-            if image.mode == "F":
-                raise LabError(
-                    "a picture of 32-bit floats says nothing of its range; give a (3, H, W) tensor "
-                    "in [0, 1], or a file of 8 or 16 bits"
-                )
-            wide = wide / (255 if image.mode == "I" and wide.max(initial=0) <= 255 else 65535)
-            pixels = torch.from_numpy(wide).clamp(0, 1).expand(3, -1, -1).clone()
-        else:
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                ground = Image.new("RGBA", image.size, (GREY, GREY, GREY, 255))
-                image = Image.alpha_composite(ground, image)
-            rgb = np.asarray(image.convert("RGB"))
-            pixels = torch.from_numpy(rgb.copy()).permute(2, 0, 1).float() / 255
+            image = path
+        rgb = pictures.read_picture(image).pixels
+        pixels = torch.from_numpy(rgb).permute(2, 0, 1).float() / 255
     if not min(pixels.shape[1:]):
         raise LabError(f"the picture has no pixels: {tuple(pixels.shape)}")
     return pixels
