@@ -204,7 +204,9 @@ class Folder(LabelFiles):
         images, labels = root / "images" / split, root / "labels" / split
         found = stems(images, *PICTURES)
         if not found:
-            raise LabError(f"{images} holds no images: the split is empty")
+            raise LabError(
+                f"{images} holds no images: the split is empty; put some there ({', '.join(PICTURES)})"
+            )
         if not labels.is_dir():
             raise LabError(f"{labels} is missing: {self.LAYOUT}")
         drawn = stems(labels, ".png")

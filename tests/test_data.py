@@ -178,7 +178,7 @@ def write_folder(
 
 def test_folder_8_and_16_bit(tmp_path):
     classes = "\ufeffid,name,ignore\n300,far,0\n7,near,\n255,edge,0\n9,void,1\n"
-    eight = np.array([[7, 9, 255], [7, 7, 255]], np.uint8)
+    eight = np.array([[7, 9, 9], [7, 7, 9]], np.uint8)  # 255 would mean two things
     sixteen = np.array([[7, 9, 255], [300, 65535, 7]], np.uint16)
     dataset = load_dataset(
         "folder", "val", write_folder(tmp_path / "own", classes, [eight, sixteen])
