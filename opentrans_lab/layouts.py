@@ -205,7 +205,8 @@ class Folder(LabelFiles):
         found = stems(images, *PICTURES)
         if not found:
             raise LabError(
-                f"{images} holds no images: the split is empty; put some there ({', '.join(PICTURES)})"
+                f"{images} holds no images: the split is empty; put some there "
+                f"({', '.join(PICTURES)})"
             )
         if not labels.is_dir():
             raise LabError(f"{labels} is missing: {self.LAYOUT}")
