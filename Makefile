@@ -60,7 +60,7 @@ overfit: env  ## let each framework learn 8 photographs: make overfit COCO=/data
 constraints: env  ## take the newest versions, try them with every test, and write constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
 	$(MAKE) test LATEST=1
-	{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > .constraints
+	{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable; } > .constraints
 	mv .constraints constraints.txt && touch $(STAMP)
 
 clean:  ## remove caches and build products; runs and the environment stay
