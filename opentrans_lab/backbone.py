@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from .device import pick
 from .errors import LabError
-from .files import shipped
+from .files import mini_folder
 from .text import TextEncoder, find_templates
 from .weights import fetch, read
 
@@ -217,12 +216,6 @@ def load_backbone(
 
 def _layers(visual: ModifiedResNet) -> tuple[nn.Module, ...]:
     return visual.layer1, visual.layer2, visual.layer3, visual.layer4
-
-
-def mini_folder(checkpoint: str = "") -> Path:
-    """Where the mini CLIP is: ``checkpoint``, ``$OPENTRANS_MINI_CLIP``, or the project's own."""
-    named = checkpoint or os.environ.get("OPENTRANS_MINI_CLIP") or shipped("data/mini_clip")
-    return Path(named).expanduser()
 
 
 def _find_mini(checkpoint: str) -> tuple[dict, dict[str, Tensor] | None, Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .errors import LabError
+from .fingerprint import looking_once
 from .grids import Job
 from .job import RunResult, run_job
 from .results import load, runs_root
@@ -61,12 +62,13 @@ def run_grid(
     if deadline is not None:
         check_minutes(deadline)
     once: dict[Path, Job] = {}
-    for job in (Job(*job) for job in jobs):
-        once.setdefault(job.folder, job)
-    folders, jobs = list(once), list(once.values())
     begun = time.time()
+    with looking_once():
+        for job in (Job(*job) for job in jobs):
+            once.setdefault(job.folder, job)
+        folders, jobs = list(once), list(once.values())
+        done = {i: run_job(jobs[i]) for i, at in enumerate(folders) if not force and load(at)}
     since, until = begun if force else None, None if deadline is None else begun + 60 * deadline
-    done = {i: run_job(jobs[i]) for i, at in enumerate(folders) if not force and load(at)}
     left = {i: job for i, job in enumerate(jobs) if i not in done}
     several = workers > 1 or scheduler
     with tqdm(total=len(jobs), desc="runs", disable=None if several else True) as bar:

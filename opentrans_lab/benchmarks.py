@@ -91,6 +91,17 @@ class BenchmarkFiles(LabelFiles):
         self.title = f"{about.title} ({split}, {self.length} images)"
 
 
+def benchmark_places(key: str) -> list[str]:
+    """Where under its root a benchmark's files may lie: of all layouts and splits."""
+    return [
+        os.path.join(folder, need)
+        for folder in ("", *BENCHMARKS[key].folders)
+        for layout in BENCHMARKS[key].layouts
+        for split in ("train", "val")
+        for need in _needs(layout, split)
+    ]
+
+
 def _needs(layout: Layout, split: str) -> list[str]:
     return [need.format(split=layout.splits.get(split, split)) for need in layout.needs]
 

@@ -13,17 +13,20 @@ from pathlib import Path
 from filelock import FileLock
 
 from .batch import check_minutes, run_grid, run_notebook
+from .fingerprint import looking_once
 from .grids import Job, find_notebook, load_grid
 from .job import RunResult
 from .page import duration
 from .plan import past_speed, plan
 from .report import build_report
-from .results import atomic_path, load, records, results_root
+from .results import atomic_path, described, load, records, results_root
+from .sources import identity
 from .tables import experiment
 
 TABLES = "05_paper_tables"
 
 
+@looking_once()
 def missing_first(jobs: Sequence[Job]) -> list[Job]:
     """``jobs`` by how many seeds their experiment has: those with the fewest first.
 
@@ -31,12 +34,12 @@ def missing_first(jobs: Sequence[Job]) -> list[Job]:
     grid decides. What is published runs again only when nothing else is left, and what has finished
     here goes last.
     """
-    there = [(record["notebook"], record["parameters"]) for _, record in records()]
+    there = [(record["notebook"], described(record)) for _, record in records()]
     known = {(name, experiment(params)) for name, params in there}
     seeds = Counter((name, experiment(params, seedless=True)) for name, params in there)
     ranks = []
     for job in jobs:
-        name, params = job.notebook.stem, job.full
+        name, params = job.notebook.stem, identity(job.full)
         which = (name, experiment(params, seedless=True))
         again = (name, experiment(params)) in known
         here = again and load(job.folder) is not None
@@ -45,11 +48,12 @@ def missing_first(jobs: Sequence[Job]) -> list[Job]:
     return [job for _, job in sorted(zip(ranks, jobs, strict=True), key=lambda pair: pair[0])]
 
 
+@looking_once()
 def outlook(jobs: Sequence[Job]) -> str:
     """How much of ``jobs`` is done or published, and how long one device takes for the rest."""
-    there = {(record["notebook"], experiment(record["parameters"])) for _, record in records()}
+    there = {(record["notebook"], experiment(described(record))) for _, record in records()}
     own = [job for job in jobs if load(job.folder) is not None]
-    left = [job for job in jobs if (job.notebook.stem, experiment(job.full)) not in there]
+    left = [job for job in jobs if (job.notebook.stem, experiment(identity(job.full))) not in there]
     told = f"campaign: {len(own)} of {len(jobs)} runs finished"
     if others := len(jobs) - len(own) - len(left):
         told += f", {others} more published"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from . import scenes
-from .benchmarks import BENCHMARKS, BenchmarkFiles
+from .benchmarks import BENCHMARKS, BenchmarkFiles, benchmark_places
 from .device import pick
 from .errors import LabError
 from .files import unreadable
@@ -65,6 +66,20 @@ def load_dataset(
     if on_error == "raise":
         data.complete()
     return data
+
+
+def places(dataset: str) -> list[str]:
+    """Where under its root the files of a data set lie, of all its splits; nowhere for others."""
+    if dataset in BENCHMARKS:
+        return benchmark_places(dataset)
+    if dataset == "coco":
+        return [
+            os.path.join(folder, place.format(split=split))
+            for folder in ("", "coco")
+            for place in CocoPanoptic.PLACES
+            for split in ("train", "val")
+        ]
+    return list(Folder.PLACES) if dataset == "folder" else []
 
 
 class Scenes(Dataset):

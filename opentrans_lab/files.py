@@ -163,6 +163,12 @@ def find_root(key: str, given: str | Path | None, layout: str) -> Path:
     return Path(value).expanduser()
 
 
+def mini_folder(checkpoint: str = "") -> Path:
+    """Where the mini CLIP is: ``checkpoint``, ``$OPENTRANS_MINI_CLIP``, or the project's own."""
+    named = checkpoint or os.environ.get("OPENTRANS_MINI_CLIP") or shipped("data/mini_clip")
+    return Path(named).expanduser()
+
+
 def find_pictures(text: str) -> list[Path]:
     """The files that a text names: paths, folders and patterns with ``*``, parted by spaces.
 

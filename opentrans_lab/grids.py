@@ -16,8 +16,9 @@ import papermill
 import yaml
 
 from .errors import LabError
-from .files import named_root, shipped
+from .files import shipped
 from .results import run_dir
+from .sources import absolute
 
 GRID_KEYS = {"runs", "defaults", "outermost"}
 ENTRY_KEYS = {"notebook", "parameters", "after_all"}
@@ -72,8 +73,7 @@ def _defaults(notebook: Path, changed: int) -> dict:
 def complete(notebook: Path | str, given: dict) -> dict:
     """All parameters of a notebook: its defaults, with ``given`` in the defaults' types.
 
-    An empty ``data_root`` becomes the folder that a variable names, since other data are another
-    run.
+    Paths are absolute, see ``sources.absolute``.
 
     Raises:
         LabError: an unknown name (with the valid ones) or a value of another type.
@@ -81,11 +81,8 @@ def complete(notebook: Path | str, given: dict) -> dict:
     known = defaults(notebook)
     for name in given.keys() - known.keys():
         raise LabError(f"{Path(notebook).name} has no parameter {name!r}{_choices(name, known)}")
-    found = known | {name: _typed(name, value, known[name]) for name, value in given.items()}
-    if found.get("data_root") == "" and found.get("dataset", "scenes") != "scenes":
-        if named := named_root(found["dataset"], "")[0]:
-            found["data_root"] = str(Path(named).expanduser().resolve())
-    return found
+    typed = {name: _typed(name, value, known[name]) for name, value in given.items()}
+    return absolute(known | typed)
 
 
 def _choices(name: str, known: dict) -> str:

@@ -32,7 +32,8 @@ from papermill.exceptions import PapermillExecutionError
 from .errors import LabError
 from .grids import Job, defaults
 from .page import run_page
-from .results import ASIDE, STAGE, Run, atomic_path, load, put, run_key, runs_root
+from .results import ASIDE, STAGE, Run, atomic_path, load, plain, put, run_key, runs_root
+from .sources import identity
 
 ATTEMPTS = 2  # of a job that fails by no fault of the user's: machines hiccup
 OWN: set[Path] = set()  # stages in use by this process, whose jobs may run side by side
@@ -74,7 +75,7 @@ def run_job(
         note = "the notebook has changed since; `opentrans-lab run --force` redoes it"
         return RunResult(job, folder, "finished before", note=note * _stale(job.notebook, folder))
     for _ in range(ATTEMPTS):
-        result = _attempt(job, folder, force_since, until, gone)
+        result = _attempt(job, job.folder, force_since, until, gone)
         if result.status != "failed" or result.users:
             return result
     return replace(result, error=f"{result.error}\n  tried {ATTEMPTS} times; {_log(result)}")
@@ -120,7 +121,7 @@ def _run(
         if not error:
             if load(stage) is None:
                 run.save({})  # a notebook without numbers, such as the index
-            error = _wrong_record(job.notebook, load(stage), params)
+            error = _wrong_record(job.notebook, load(stage), params, folder)
         users = kind == "LabError"
         if kind == "OutOfTime" or (error and gone()):
             return RunResult(job, folder, "out of time", note=error)
@@ -153,14 +154,18 @@ def _code(notebook: Path) -> list[str]:
     return [cell.source for cell in own if cell.cell_type == "code"]
 
 
-def _wrong_record(notebook: Path, record: dict, params: dict) -> str:
-    """A sentence where the notebook saved its run under another name or other parameters."""
+def _wrong_record(notebook: Path, record: dict, params: dict, folder: Path) -> str:
+    """A sentence where the notebook saved its run under another name or other parameters, or the
+    files that ``folder`` stands for have changed."""
     if record["notebook"] != notebook.stem:
         return f"{notebook.name} calls itself {record['notebook']!r} in Run(…); name it as its file"
-    if record["key"] == run_key(params):
+    if record["key"] == folder.name == run_key(identity(params)):
         return ""
     saved = record["parameters"]
+    params = plain(params, "parameter", str)
     names = sorted(k for k in params.keys() | saved if params.get(k) != saved.get(k))
+    if not names:
+        return f"{notebook.name}: files that it is made from changed while it ran; run it again"
     return (
         f"{notebook.name}: Run(…, params) must name every parameter of the parameters cell with its"
         f" value and nothing else; it differs in: {', '.join(names)}"

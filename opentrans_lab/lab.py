@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,16 +10,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .backbone import Backbone, load_backbone, mini_folder
+from .backbone import Backbone, load_backbone
 from .data import load_dataset
 from .errors import LabError, OutOfTime, deadline
-from .files import entries, named_root
+from .files import entries
 from .results import atomic_path, run_key, runs_root
+from .sources import absolute, data_files, weights
 
 
 @dataclass(frozen=True)
@@ -44,29 +43,19 @@ class Lab:
     def __post_init__(self) -> None:
         if self.devices < 1:
             raise LabError(f"devices={self.devices} must be 1 or more")
+        for name, value in absolute(vars(self)).items():  # a lab is where it was made
+            object.__setattr__(self, name, value)
 
     @property
     def params(self) -> dict:
         """What the results depend on: contents of files and not their names, not the device."""
-        known = asdict(self) | {"checkpoint": self._weights(), "data_root": self._root()}
+        known = asdict(self) | {"checkpoint": weights(self.backbone, self.checkpoint)}
+        if self.dataset == "scenes":
+            known["data_root"] = ""
+        else:
+            known["data files"] = data_files(self.dataset, self.data_root)
         unused = {"device", "devices"} | ({"jitter"} if not self.jitter else set())
         return {key: value for key, value in known.items() if key not in unused}
-
-    def _weights(self) -> str:
-        """The content of the weights file, or the tag."""
-        path = Path(self.checkpoint).expanduser()
-        if self.backbone == "mini" and self.checkpoint != "random":
-            path = mini_folder(self.checkpoint) / "model.safetensors"
-        if not path.is_file():
-            return self.checkpoint
-        about = path.stat()
-        return _digest(path, about.st_mtime_ns, about.st_size)
-
-    def _root(self) -> str:
-        """The folder that a data set on disk is read from."""
-        if self.dataset == "scenes":
-            return ""
-        return str(Path(named_root(self.dataset, self.data_root)[0]).expanduser().resolve())
 
     def load(self) -> Backbone:
         """A fresh dense CLIP backbone."""
@@ -86,7 +75,7 @@ class Lab:
         return lambda start: train.batches(batch_size, seed=seed, start=start, device=self.device)
 
     def _training_split(self) -> str:
-        images = Path(self._root()) / "images"
+        images = Path(self.data_root) / "images"
         if self.dataset != "folder" or not images.is_dir() or (images / "train").exists():
             return "train"
         others = [n for n in entries(images) if n != "val" and (images / n).is_dir()]
@@ -94,13 +83,6 @@ class Lab:
             return "train"  # whose error names what there is
         warnings.warn(f"{images} has no train: {others[0]!r} is trained on", stacklevel=3)
         return others[0]
-
-
-@cache
-def _digest(path: Path, changed: int, size: int) -> str:
-    """SHA-256 of a file; a plan asks for the same one hundreds of times."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stage_folder(stage: str, params: dict) -> Path:

@@ -25,6 +25,10 @@ class CocoPanoptic(FileDataset):
     """
 
     instances = True
+    PLACES = (
+        "annotations/panoptic_{split}2017.json", "annotations/panoptic_{split}2017",
+        "panoptic_{split}2017", "{split}2017",
+    )  # fmt: skip
     LAYOUT = (
         "COCO-Panoptic needs annotations/panoptic_{split}2017.json, the PNG folder "
         "panoptic_{split}2017/ in annotations/ or beside the images, and {split}2017/*.jpg; "
@@ -51,6 +55,7 @@ class CocoPanoptic(FileDataset):
         images, labels, tables = _read_panoptic(index, {int(r["label"]): r for r in classes}, limit)
         self.images = [str(root / f"{split}2017" / name) for name in images]
         self.labels = [str(pngs / name) for name in labels]
+        self.lists = (str(index),)
         self.expect(f"but {index} asks for it")
         # One array for all images: workers share it, where a list of objects would be copied.
         self.tables = np.concatenate(tables)
@@ -185,6 +190,7 @@ class Folder(LabelFiles):
     name and each label its picture. Each class that is present is one region.
     """
 
+    PLACES = ("images", "labels", "classes.csv")
     LAYOUT = "a folder data set has images/{split}/, labels/{split}/*.png and classes.csv"
 
     def __init__(
@@ -196,6 +202,7 @@ class Folder(LabelFiles):
         folders = entries(root / "images")
         check_split(split, [name for name in folders if (root / "images" / name).is_dir()], root)
         self.names, self.table = _read_classes(root / "classes.csv")
+        self.lists = (str(root / "classes.csv"),)
         self.prompts, self.always_ignored = self.names, True
         remedy = "add it there (with ignore = 1 if it is no class)"
         self.listing = f"{root / 'classes.csv'} does not list; {remedy}"

@@ -15,7 +15,6 @@ benchmarks count there, while the image may be reduced.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
 from itertools import count, groupby
@@ -31,6 +30,7 @@ from torchvision.transforms.v2 import functional as F
 from .device import pick
 from .errors import LabError, shown
 from .files import located
+from .fingerprint import fingerprint
 from .pictures import aligned, read_picture
 from .scenes import IGNORE
 from .text import ClassNames
@@ -71,7 +71,7 @@ class Dataset:
             raise LabError(f"{self.missing[0]} is missing{more}, {self.asked}")
 
     def fingerprint(self) -> str:
-        """What the samples are: changes with the files' names and sizes."""
+        """What the samples are; changes with their files."""
         return self.title
 
     def batches(
@@ -123,6 +123,7 @@ class FileDataset(Dataset):
 
     images: list[str]  # paths
     labels: list[str]
+    lists: tuple[str, ...] = ()  # what else is read: the class table or index
     shorter_side = 0  # larger pictures are reduced to it on reading, labels too
     jitter = False  # large-scale jitter in training: scales of 0.1 to 2
 
@@ -135,11 +136,7 @@ class FileDataset(Dataset):
         self.missing, self.asked = lost + more, asked
 
     def fingerprint(self) -> str:
-        found = hashlib.sha256(self.title.encode(errors="surrogateescape"))
-        for path in map(Path, self.images + self.labels):
-            about = f"{path} {path.stat().st_size if path.is_file() else None}\n"
-            found.update(about.encode(errors="surrogateescape"))
-        return found.hexdigest()
+        return fingerprint([*self.lists, *self.images, *self.labels])
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
         """Segment map (H, W) int32, class ids (S,), which are regions (S,) bool, the label file.

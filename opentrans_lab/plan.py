@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from .errors import LabError
+from .fingerprint import looking_once
 from .frameworks import build
 from .grids import Job
 from .results import load, runs_root
@@ -35,6 +36,7 @@ ASSUMPTIONS = (
 )
 
 
+@looking_once()
 def plan(jobs: Sequence[Job], macs_per_second: float) -> pd.DataFrame:
     """What is left to do of ``jobs`` and what it takes: one line a job, in order.
 
@@ -125,6 +127,7 @@ def _fitting(steps: Callable[[int], float], batch_size: int) -> tuple[float, int
             batch_size = max(2, batch_size // 2)
 
 
+@looking_once()
 def past_speed(jobs: Sequence[Job]) -> float:
     """MACs a second of the finished fine-tunings of ``jobs`` (their median); NaN without any."""
     speeds = []

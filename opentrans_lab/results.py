@@ -1,6 +1,7 @@
 """What a run leaves behind, and how to find it again: one folder a run, ``metrics.json`` in it.
 
-``runs/<notebook>/<key>/`` follows from the parameters alone, so equal parameters are one run.
+``runs/<notebook>/<key>/`` follows from the parameters and what the files are that they name (see
+``sources``): where both are equal, it is one run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pandas as pd
 
 from . import __version__
 from .errors import LabError
+from .sources import absolute, identity, made_from
 
 PROJECT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "accelerate", "numpy")
@@ -70,8 +72,9 @@ def runs_root() -> Path:
     return here / "runs"
 
 
-def plain(value, where: str = "value"):
-    """``value`` in JSON's own types: 0-d tensors and arrays to numbers, NaN and inf to None.
+def plain(value, where: str = "value", odd: Callable[[float], object] = lambda value: None):
+    """``value`` in JSON's own types: 0-d tensors and arrays to numbers, and what ``odd`` makes of
+    NaN and inf, which JSON lacks.
 
     Raises:
         LabError: a type that JSON does not have.
@@ -79,20 +82,21 @@ def plain(value, where: str = "value"):
     if value is None or isinstance(value, (str, bool)):
         return value
     if isinstance(value, dict):
-        return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): plain(v, f"{where}.{k}", odd) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v, where) for v in value]
+        return [plain(v, where, odd) for v in value]
     if isinstance(value, Path):
         return str(value)
     if not isinstance(value, (int, float)):
         if getattr(value, "ndim", None) != 0:
             raise LabError(f"{where} is a {type(value).__name__}; use a number, text or list")
-        return plain(value.item(), where)
-    return value if math.isfinite(value) else None
+        return plain(value.item(), where, odd)
+    return value if math.isfinite(value) else odd(value)
 
 
 def run_key(params: dict) -> str:
-    """Ten hex digits that depend on names and values only; 1 and 1.0 are one value."""
+    """Ten hex digits that depend on names and values only; 1 and 1.0 are one value, NaN, infinity
+    and its negative three."""
 
     def canonical(value):
         if isinstance(value, dict):
@@ -101,13 +105,14 @@ def run_key(params: dict) -> str:
             return [canonical(v) for v in value]
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
-    text = json.dumps(canonical(plain(params, "parameter")), sort_keys=True)
+    text = json.dumps(canonical(plain(params, "parameter", float)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def run_dir(notebook: str, params: dict) -> Path:
-    """Where the run of ``notebook`` ("03_transfer") with all its ``params`` lives."""
-    return runs_root() / notebook / run_key(params)
+    """Where the run of ``notebook`` ("03_transfer") with all its ``params`` lives, made from their
+    files as they are now."""
+    return runs_root() / notebook / run_key(identity(params))
 
 
 @cache
@@ -163,15 +168,17 @@ class Run:
     def __init__(self, notebook: str, params: dict, folder: Path | None = None):
         self.notebook = notebook
         self._folder = folder
-        self.params = plain(params, "parameter")
-        self.key = run_key(params)
+        params = absolute(params)
+        self.params = plain(params, "parameter", str)
+        self.made_from = made_from(params)
+        self.key = run_key(params | self.made_from)
         self._begun = time.monotonic()
 
     @property
     def dir(self) -> Path:
         """The run's folder, made on first use (under the runner: its stage, moved when done)."""
         named = self._folder or os.environ.get(STAGE)
-        folder = Path(named) if named else run_dir(self.notebook, self.params)
+        folder = Path(named) if named else runs_root() / self.notebook / self.key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -198,6 +205,7 @@ class Run:
             "notebook": self.notebook,
             "key": self.key,
             "parameters": self.params,
+            **({"made_from": self.made_from} if self.made_from else {}),
             "seed": self.params.get("seed"),
             "metrics": plain(metrics, "metric"),
             "device": _device(self.params.get("device") or "auto"),
@@ -252,6 +260,11 @@ def load(folder: Path) -> dict | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise LabError(f"{path} is damaged; delete its folder and run again") from error
+
+
+def described(record: dict) -> dict:
+    """Parameters of a run, and what it was made from."""
+    return record["parameters"] | record.get("made_from", {})
 
 
 def results_root() -> Path:

@@ -10,7 +10,8 @@ from scipy.stats import t as student_t
 
 from .errors import LabError
 from .files import shipped
-from .results import records, run_key
+from .results import described, records, run_key
+from .sources import identity
 
 APART = ("seed", "device", "devices")  # parameters that make no experiment another one
 ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "reselect": 0}
@@ -24,7 +25,8 @@ POINTS = ("dense", "ours", "random_layerwise")  # the paper's three
 
 
 def experiment(params: dict, seedless: bool = False) -> str:
-    """A key of what makes these parameters an experiment; ``seedless``, of all its seeds.
+    """A key of what makes these parameters, with what they are made from, an experiment;
+    ``seedless``, of all its seeds.
 
     Older runs count with the values of ``ADDED``.
     """
@@ -47,12 +49,14 @@ def lines(
         parameters that make an experiment. Empty where nothing has run.
     """
     made = [
-        (record["parameters"], pd.read_csv(folder / f"{table}.csv"), str(folder))
+        (described(record), pd.read_csv(folder / f"{table}.csv"), str(folder))
         for folder, record in records(notebook)
         if (folder / f"{table}.csv").exists()
     ]
     found = {}
-    for given, part, folder in [*made, (*mine, "")] if mine else made:
+    if mine:
+        made.append((identity(mine[0]), mine[1], ""))
+    for given, part, folder in made:
         found.pop(experiment(given), None)  # and comes back as the newest
         found[experiment(given)] = (ADDED | given, part, folder)
     parts = []
