@@ -17,6 +17,7 @@ from .devices import spread
 from .frameworks import build
 from .lab import Lab, cached
 from .prune import PruneConfig
+from .results import read_table
 from .transfer import ROWS
 from .tuning import Recipe, fine_tune
 
@@ -33,12 +34,12 @@ class Segmented:
 
     @property
     def history(self) -> pd.DataFrame:
-        return pd.read_csv(self.folder / "history.csv")
+        return read_table(self.folder / "history.csv")
 
     @property
     def per_class(self) -> pd.DataFrame:
         """IoU a class on the evaluation split."""
-        return pd.read_csv(self.folder / "per_class.csv")
+        return read_table(self.folder / "per_class.csv")
 
     @property
     def frozen(self) -> list[str]:
@@ -49,7 +50,7 @@ class Segmented:
     @property
     def alphas(self) -> pd.DataFrame:
         """What the first choice was made by, see ``alpha.layer_alphas``."""
-        return pd.read_csv(self.folder / "alphas.csv")
+        return read_table(self.folder / "alphas.csv")
 
     def model(self, lab: Lab, recipe: Recipe) -> nn.Module:
         """The trained model, in eval mode."""

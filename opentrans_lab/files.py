@@ -121,22 +121,45 @@ def _plain(name: str) -> str:
     return stem + suffix.lower()
 
 
-def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a table that has these columns."""
+def read_csv(path: Path, columns: tuple[str, ...]) -> dict[int, dict[str, str]]:
+    """Rows of a table that has these columns, by their line in the file.
+
+    Blanks around cells, capitals in the first line, empty lines and a byte order mark do not count.
+
+    Raises:
+        LabError: not there, no comma-separated table in UTF-8, a column is missing or twice there,
+            or a row has more cells than the first line.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [c for c in columns if c not in (reader.fieldnames or ())]
-            rows = [] if missing else list(reader)
+            # Strict: an open quote would swallow the lines that follow.
+            reader = csv.reader(file, skipinitialspace=True, strict=True)
+            cells = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except FileNotFoundError:
         raise LabError(f"{path} is missing; it lists the classes ({', '.join(columns)})") from None
     except OSError as error:
         raise unreadable(error) from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise LabError(f"{path} is not a UTF-8 comma-separated table ({error})") from error
-    if missing:
-        raise LabError(f"{path} has no column {missing[0]!r}; its first line must name it")
-    return rows
+        raise LabError(
+            f"{path} is not a UTF-8 comma-separated table ({error}); save it as one, with quotes "
+            "around what has commas or quotes in it"
+        ) from error
+    (_, first), *rest = [(line, row) for line, row in cells if any(row)] or [(1, [])]
+    header = [name.lower() for name in first]
+    if wrong := [name for name in columns if header.count(name) != 1]:
+        found = "no column" if wrong[0] not in header else "more than one column"
+        raise LabError(
+            f"{path} has {found} {wrong[0]!r}; its first line must name it once, with commas "
+            f"between the names, but is {','.join(first)!r}"
+        )
+    for line, row in rest:
+        if any(row[len(header) :]):
+            raise LabError(
+                f"{path}, line {line}: {','.join(row)!r} has more cells than the first line; put "
+                "quotes around what has a comma in it"
+            )
+    padding = [""] * len(header)
+    return {line: dict(zip(header, row + padding, strict=False)) for line, row in rest}
 
 
 def named_root(key: str, given: str | Path | None) -> tuple[str, str]:

@@ -17,8 +17,8 @@ from .evaluate import predict
 from .files import find_pictures
 from .heads.inference import segment_classes
 from .overlays import verdicts
-from .picture import checked_names, fitted, read_picture
-from .text import ClassNames
+from .picture import fitted, read_picture
+from .text import ClassNames, checked_names, readings
 from .tuning import Recipe
 
 TITLES = {"deeplabv3": "DeepLabV3", "han": "Han et al.", "fcclip": "FC-CLIP"}
@@ -89,12 +89,12 @@ def vocabulary(text: str, data: Dataset) -> Words:
         names = checked_names(prompts)
     except LabError as error:
         raise LabError(f"vocabulary={text!r}: {error}") from None
-    word = {name.lower(): i for i, group in enumerate(prompts) for name in group}
+    word = {read: i for i, group in enumerate(prompts) for read in readings(group)}
     ids = torch.full((count + 1,), IGNORE)
     for k, (name, others) in enumerate(zip(data.names, data.prompts, strict=True)):
         others = [others] if isinstance(others, str) else others
-        same = [word[n.lower()] for n in others if n.lower() in word]
-        ids[k] = word.get(name.lower(), min(same, default=IGNORE))
+        own, *same = (word.get(read, IGNORE) for read in readings([name, *others]))
+        ids[k] = own if own != IGNORE else min((i for i in same if i != IGNORE), default=IGNORE)
     things = torch.ones(len(names), dtype=torch.bool)
     kept = ids[:-1] != IGNORE
     things[ids[:-1][kept]] = data.things[kept].cpu()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from .files import PICTURES, entries, find_root, read_csv, shipped, stems
 from .loader import FileDataset, check_split
 from .pictures import read_colours, read_label
 from .scenes import IGNORE
+from .text import checked_names
 
 UNKNOWN = -2  # a label value that no class list explains
 
@@ -231,13 +234,13 @@ def _read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     rows = read_csv(path, ("id", "name"))
     flags = {"": False, "0": False, "false": False, "1": True, "true": True}
     entries: dict[int, tuple[str, bool]] = {}
-    for line, row in enumerate(rows, start=2):
-        number, name = (row["id"] or "").strip(), (row["name"] or "").strip()
-        ignore = flags.get((row.get("ignore") or "").strip().lower())
+    for line, row in rows.items():
+        number, name = row["id"], row["name"]
+        ignore = flags.get(row.get("ignore", "").lower())
         if not number.isdecimal() or int(number) > 65535 or not name or ignore is None:
             raise LabError(
                 f"{path}, line {line}: expected an id of 0 to 65535, a name, and ignore empty, 0 "
-                f"or 1, but found {','.join(str(v) for v in row.values())!r}"
+                f"or 1, but found {','.join(row.values())!r}"
             )
         if int(number) in entries:
             raise LabError(f"{path}, line {line}: the id {number} is there twice")
@@ -248,7 +251,10 @@ def _read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
         names += [] if ignore else [name]
     if not names:
         raise LabError(f"{path} lists no class that is not ignored")
-    return tuple(names), table
+    try:
+        return checked_names(names), table
+    except LabError as error:
+        raise LabError(f"{path}: {error}") from None
 
 
 # --- class tables -------------------------------------------------------------------------------
@@ -261,16 +267,26 @@ def read_class_names(benchmark: str) -> list[dict[str, str]]:
     the official label files.
     """
     table = shipped(f"data/class_names/{benchmark}.csv")
-    return read_csv(table, ("id", "name", "prompts", "kind", "label"))
+    return list(read_csv(table, ("id", "name", "prompts", "kind", "label")).values())
 
 
 def take_classes(dataset: FileDataset, rows: list[dict[str, str]]) -> None:
     """Give a data set the names of a class table, and what follows from them.
 
     A class is seen if any of its names is a name of COCO's, on which segmentation is trained.
+    Names that the literature gives to two classes (of ADE20K-847 and Pascal-Context 459) stay, and
+    a warning says so.
     """
     coco = {name for row in read_class_names("coco") for name in row["prompts"].split("|")}
     dataset.prompts = tuple(tuple(row["prompts"].split("|")) for row in rows)
     dataset.names = tuple(prompts[0] for prompts in dataset.prompts)
+    often = Counter(name for prompts in dataset.prompts for name in prompts)
+    lost = [p[0] for p in dataset.prompts if all(often[name] > 1 for name in p)]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} of the {len(rows)} classes have no name of their own in the published "
+            f"list, such as {lost[0]!r}: pixels can go to another class of that name",
+            stacklevel=2,
+        )
     dataset.seen = torch.tensor([not coco.isdisjoint(prompts) for prompts in dataset.prompts])
     dataset.things = torch.tensor([row["kind"] == "thing" for row in rows])

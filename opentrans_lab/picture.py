@@ -23,7 +23,7 @@ from .evaluate import evaluating, predict
 from .frameworks import FRAMEWORKS, build
 from .overlays import compare, overlay
 from .results import runs_root
-from .text import ClassNames, flat_names
+from .text import ClassNames, checked_names
 
 LEAST = 32  # pixels a side: the trunk's stride
 
@@ -88,7 +88,7 @@ def segment(
             module, the picture's.
 
     Raises:
-        LabError: no names, an empty one or one twice, an unknown framework, an
+        LabError: no names, an empty one or two that CLIP reads alike, an unknown framework, an
             unreadable or too small picture, or no trained model.
     """
     class_names = list(class_names) if isinstance(class_names, Iterator) else class_names
@@ -210,18 +210,3 @@ def _weights(about: dict) -> str:
             "open_model (--checkpoint), and give segment the module in model="
         )
     return tag
-
-
-def checked_names(class_names: ClassNames) -> tuple[str, ...]:
-    """The first name of each class.
-
-    Raises:
-        LabError: no names, an empty one, or one that is there twice.
-    """
-    flat = [name.strip().lower() for name in flat_names(class_names)[0]]  # as CLIP reads them
-    if "" in flat:
-        raise LabError("an empty name means nothing; leave it out")
-    twice = sorted({name for name in flat if flat.count(name) > 1})
-    if twice:
-        raise LabError(f"the name {twice[0]!r} is there twice; a pixel could be either")
-    return tuple(c if isinstance(c, str) else c[0] for c in class_names)

@@ -26,7 +26,7 @@ from .errors import LabError
 from .losses import cap_regions, class_loss, crop_regions, kd_loss, pool_regions, region_images
 from .masks import Mask
 from .processes import Chance
-from .results import atomic_path, revision, save_table
+from .results import atomic_path, read_table, revision, save_table
 from .text import first_names
 from .tower import prunable
 from .train import TrainConfig, fit
@@ -193,7 +193,7 @@ def prune(
         if (folder / "history.csv").exists():  # written last: this round is whole
             if k:
                 mask = Mask.load(folder / "mask.safetensors")
-                rows.append(_row(k, mask, pd.read_csv(folder / "history.csv")))
+                rows.append(_row(k, mask, read_table(folder / "history.csv")))
             if (folder / "student.safetensors").exists():
                 student.load_state_dict(load_file(folder / "student.safetensors"))
         elif steps:

@@ -28,7 +28,7 @@ from .page import (
     number,
     render,
 )
-from .results import put, records, revision, runs_root
+from .results import put, read_table, records, revision, runs_root
 
 OURS = 'content="opentrans-lab"'  # in every page of ours: such a folder may be replaced
 CLAIMS = "claims"  # a run's table that the site begins with, of several the newest
@@ -183,7 +183,7 @@ def _flat(metrics: dict) -> dict:
 
 def _table(path: Path, href: str) -> dict:
     try:
-        frame = pd.read_csv(path)
+        frame = read_table(path)
     except EmptyDataError:
         frame = pd.DataFrame()
     return {

@@ -29,6 +29,7 @@ from .sources import absolute, identity, made_from
 
 PROJECT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "accelerate", "numpy")
+TEXTS = ("name", "picture", "largest", "data")  # columns of tables that hold people's own words
 ASIDE = "-old"  # ends the name of a folder that another is about to replace
 STAGE = "OPENTRANS_STAGE"  # the folder in which the runner lets a notebook write, until it is done
 
@@ -59,6 +60,16 @@ def save_table(table: pd.DataFrame, path: Path | str, index: bool = False) -> No
     """Write ``table`` as CSV to ``path``, whole or not at all."""
     with atomic_path(path) as tmp:
         table.to_csv(tmp, index=index)
+
+
+def read_table(path: Path | str) -> pd.DataFrame:
+    """What :func:`save_table` wrote; a class called NA, 007 or True keeps its name.
+
+    Raises:
+        OSError: not there.
+    """
+    texts = dict.fromkeys(TEXTS, str)
+    return pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
 
 
 def runs_root() -> Path:

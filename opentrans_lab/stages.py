@@ -19,7 +19,7 @@ from .backbone import Backbone
 from .lab import Lab, cached
 from .masks import Mask
 from .prune import PruneConfig, distill, prune, wanda_scores
-from .results import atomic_path
+from .results import atomic_path, read_table
 from .transfer import TRAINED, row_mask
 
 
@@ -38,7 +38,7 @@ class Pruned:
     @property
     def rounds(self) -> pd.DataFrame:
         """One row a round: round, density, kept, loss, plain, text."""
-        return pd.read_csv(self.folder / "rounds.csv")
+        return read_table(self.folder / "rounds.csv")
 
     def masks(self) -> list[Mask]:
         """The mask after each round."""

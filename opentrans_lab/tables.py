@@ -10,7 +10,7 @@ from scipy.stats import t as student_t
 
 from .errors import LabError
 from .files import shipped
-from .results import described, records, run_key
+from .results import described, read_table, records, run_key
 from .sources import identity
 
 APART = ("seed", "device", "devices")  # parameters that make no experiment another one
@@ -49,7 +49,7 @@ def lines(
         parameters that make an experiment. Empty where nothing has run.
     """
     made = [
-        (described(record), pd.read_csv(folder / f"{table}.csv"), str(folder))
+        (described(record), read_table(folder / f"{table}.csv"), str(folder))
         for folder, record in records(notebook)
         if (folder / f"{table}.csv").exists()
     ]
@@ -154,7 +154,7 @@ def paper(name: str) -> pd.DataFrame:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv")))
         raise LabError(f"the paper's {name!r} is not in data/paper; choose one of: {known}")
-    return pd.read_csv(path)
+    return read_table(path)
 
 
 def paper_wide(name: str) -> pd.DataFrame:

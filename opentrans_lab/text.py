@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,6 +37,7 @@ ClassNames = Sequence[str | Sequence[str]]
 
 BATCH = 256  # prompts a pass: bounds the memory, however many names there are
 CACHED = 32  # vocabularies remembered
+LEAST = 32  # tokens that the shortest of our CLIPs reads, the mini; OpenAI's read 77
 
 
 def find_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
@@ -79,6 +81,45 @@ def flat_names(class_names: ClassNames) -> tuple[tuple[str, ...], list[int]]:
 def first_names(class_names: ClassNames) -> list[str]:
     """The default name of each class."""
     return [name if isinstance(name, str) else name[0] for name in class_names]
+
+
+def readings(names: Sequence[str]) -> list[tuple[int, ...]]:
+    """What CLIP reads of each name in a prompt, as tokens: equal where it cannot tell two apart.
+
+    Its tokenizer evens out case, blanks, Unicode forms, typographic marks and HTML entities.
+
+    Raises:
+        LabError: a name that Unicode cannot write, such as a file name of another encoding.
+    """
+    from open_clip.tokenizer import tokenize  # here, as it takes seconds and few tables need it
+
+    try:
+        rows = tokenize([f"a photo of a {name}" for name in names], LEAST).tolist()
+    except UnicodeEncodeError as error:
+        raise LabError(f"the name {error.object!r} is not in UTF-8; write it so") from error
+    return [tuple(row[: row.index(max(row))]) for row in rows]  # the tower stops at the end token
+
+
+def checked_names(class_names: ClassNames) -> tuple[str, ...]:
+    """The first name of each class of a vocabulary in which a pixel can be any of them.
+
+    Raises:
+        LabError: no names, an empty one, or two that CLIP reads alike.
+    """
+    names = flat_names(class_names)[0]
+    known = {readings([""])[0]: ""}
+    for name, read in zip(names, readings(names), strict=True):
+        if read not in known:
+            known[read] = name
+        elif other := known[read]:
+            raise LabError(
+                f"the name {reprlib.repr(other.strip().lower())} is there twice: CLIP reads "
+                f"{reprlib.repr(other)} and {reprlib.repr(name)} alike (case, blanks, marks and "
+                f"what is beyond {LEAST} tokens do not count); rename or drop one"
+            )
+        else:
+            raise LabError(f"an empty name means nothing; leave {name!r} out")
+    return tuple(first_names(class_names))
 
 
 def best_name(scores: Tensor, sizes: list[int], dim: int) -> Tensor:
