@@ -14,7 +14,10 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from .letters import shown, to_the_letter
 
+
+@to_the_letter
 def transfer(found: pd.DataFrame, scores: Sequence[str]) -> Figure:
     """Bars of mIoU (%) a row of the transfer table, a panel a setting, with 95 % intervals.
 
@@ -32,15 +35,16 @@ def transfer(found: pd.DataFrame, scores: Sequence[str]) -> Figure:
             place = np.arange(len(lines)) + (k - (len(scores) - 1) / 2) * wide
             doubt = lines[f"{score} ±"] if f"{score} ±" in lines else None
             axis.bar(place, lines[score], wide, yerr=doubt, label=score, error_kw={"lw": 1})
-        axis.set_xticks(range(len(lines)), lines.index, rotation=12)
+        axis.set_xticks(range(len(lines)), map(shown, lines.index), rotation=12)
         named = zip(settings, np.atleast_1d(values), strict=True) if settings else ()
-        words = [f"{name.removeprefix('parameters.')} {value}" for name, value in named]
+        words = [shown(f"{name.removeprefix('parameters.')} {value}") for name, value in named]
         seeds = f"{lines['n'].min()} to {lines['n'].max()} seeds"
         axis.set(title=", ".join([*words, seeds]), ylabel="mIoU (%)")
     axes[0, 0].legend()
     return fig
 
 
+@to_the_letter
 def cost_bubbles(panels: Mapping[str, pd.DataFrame]) -> Figure:
     """mIoU against MACs, one bubble a row, its area the parameters (the paper's Figure 1).
 
@@ -55,14 +59,16 @@ def cost_bubbles(panels: Mapping[str, pd.DataFrame]) -> Figure:
         axis.scatter(table["GMACs"], table["mIoU"], area, table["framework"].map(colours),
                      alpha=0.55, edgecolors="w")  # fmt: skip
         for line in table.itertuples():
-            axis.annotate(line.row, (line.GMACs, line.mIoU), fontsize=7, ha="center", va="center")
-        axis.set(title=title, xlabel="GMACs of a picture", ylabel="mIoU (%)")
+            place = line.GMACs, line.mIoU
+            axis.annotate(shown(line.row), place, fontsize=7, ha="center", va="center")
+        axis.set(title=shown(title), xlabel="GMACs of a picture", ylabel="mIoU (%)")
         axis.margins(0.15)
-    handles = [Patch(color=colours[kind], alpha=0.55, label=kind) for kind in kinds]
+    handles = [Patch(color=colours[kind], alpha=0.55, label=shown(kind)) for kind in kinds]
     axes[0, 0].legend(handles=handles, title="area: parameters")
     return fig
 
 
+@to_the_letter
 def regime_map(table: pd.DataFrame, title: str = "") -> Figure:
     """Where freezing wins (green), ties (grey) or loses (red) against full fine-tuning.
 
@@ -82,8 +88,9 @@ def regime_map(table: pd.DataFrame, title: str = "") -> Figure:
     )
     fig, axis = plt.subplots(figsize=(2 + 1.9 * len(columns), 1.2 + 0.5 * len(rows)))
     sns.heatmap(sign.fillna(0), annot=text.fillna("–"), fmt="", vmin=-1, vmax=1, linewidths=1,
-                cmap=["#e59a8c", "#e8e8e8", "#9ccc9c"], cbar=False, ax=axis)  # fmt: skip
+                cmap=["#e59a8c", "#e8e8e8", "#9ccc9c"], cbar=False, ax=axis,
+                xticklabels=[*map(shown, columns)], yticklabels=[*map(shown, rows)])  # fmt: skip
     named = ", ".join(name.removeprefix("parameters.") for name in settings)
-    axis.set(title=title, xlabel="frozen", ylabel=named)
+    axis.set(title=shown(title, 100), xlabel="frozen", ylabel=named)
     axis.tick_params(axis="y", rotation=0)
     return fig

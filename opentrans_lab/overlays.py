@@ -18,6 +18,7 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from .letters import shown, to_the_letter
 from .scenes import IGNORE
 
 Colour = tuple[float, float, float]
@@ -26,6 +27,8 @@ VERDICTS: dict[str, Colour] = {
     "wrong": (0.82, 0.29, 0.36), "right": (0.23, 0.43, 0.65), "no label": (0.93, 0.93, 0.93),
 }  # fmt: skip
 """What an error map says of a pixel, and in which colour."""
+
+LEGEND = 200  # classes that a legend holds: a longer one would outgrow what a picture can be
 
 # From OKLab, in which equal distances look equal, to linear sRGB (Ottosson, 2020).
 _TO_LMS = np.array(
@@ -126,7 +129,8 @@ def compare(
     Args:
         images: (3, h, w) in [0, 1].
         columns: an image's label maps (H, W) int64, or error maps, which are shown as they are.
-        names: of the classes; the legend holds exactly those that occur somewhere.
+        names: of the classes; the legend holds exactly those that occur somewhere (of very
+            many, those with most pixels).
         titles: what to write beside each image.
         segments: of columns that have them, each picture's segments to part by white lines.
     """
@@ -140,30 +144,34 @@ def compare(
                 part = overlay(image, part, names, segments=parted[row] if parted else None)
             rows[-1].append(part)
     cells = [cell for maps in columns.values() for cell in maps]
-    patches = {n: colour(n) for n in occurring([c for c in cells if isinstance(c, Tensor)], names)}
+    found = occurring([c for c in cells if isinstance(c, Tensor)], names)
+    patches = [(shown(name), colour(name)) for name in found[:LEGEND]]
+    if len(found) > LEGEND:
+        patches.append((f"and {len(found) - LEGEND} more", (1.0, 1.0, 1.0)))
     if any(isinstance(cell, np.ndarray) for cell in cells):
-        patches |= VERDICTS
+        patches += VERDICTS.items()
     return _sheet(rows, heads, titles, patches)
 
 
+@to_the_letter
 def _sheet(
     rows: Sequence[Sequence[np.ndarray]],
     heads: Sequence[tuple[str, str]],
     titles: Sequence[str],
-    patches: Mapping[str, Colour],
+    patches: Sequence[tuple[str, Colour]],
 ) -> Figure:
     """Pictures close together under their heads, all measured in inches; the legend is below."""
     wide = min(2.3, max(1.2, 15 / len(heads)))
     new = [bool(i) and heads[i][0] != heads[i - 1][0] for i in range(len(heads))]
     talls = [wide * min(2, max(0.4, row[0].shape[0] / row[0].shape[1])) for row in rows]
     told = [
-        [piece for line in title.splitlines() for piece in wrap(line, int(tall / 0.06))]
+        [piece for line in title.splitlines() for piece in wrap(shown(line, 160), int(tall / 0.06))]
         for title, tall in zip(titles, talls, strict=False)
     ]
     beside = 0.06 + 0.14 * max(map(len, told), default=-0.4)
     lefts = beside + (wide + 0.04) * np.arange(len(heads)) + 0.14 * np.cumsum(new)
     above = 0.22 + 0.26 * any(group for group, _ in heads)
-    entry = 0.068 * max(map(len, patches), default=0) + 0.42
+    entry = 0.068 * max((len(name) for name, _ in patches), default=0) + 0.42
     total = max(lefts[-1] + wide, entry)
     abreast = int(total / entry)
     below = 0.17 * math.ceil(len(patches) / abreast) + 0.12
@@ -179,7 +187,7 @@ def _sheet(
             axis.imshow(cell)
             axis.spines[:].set_visible(False)
             if r == 0:
-                axis.set_title(title, fontsize=9, pad=3)
+                axis.set_title(shown(title), fontsize=9, pad=3)
         if r < len(told):
             fig.axes[-len(row)].set_ylabel("\n".join(told[r]), fontsize=7.5, labelpad=3)
         top -= tall + 0.04
@@ -187,9 +195,10 @@ def _sheet(
         own = [left for left, head in zip(lefts, heads, strict=True) if head[0] == group]
         ends, y = np.array([own[0], own[-1] + wide]) / total, 1 - 0.25 / height
         fig.add_artist(plt.Line2D(ends, [y, y], color="0.4", lw=0.8))
-        fig.text(ends.mean(), y + 0.04 / height, group, ha="center", va="bottom", fontsize=11)
+        place = ends.mean(), y + 0.04 / height
+        fig.text(*place, shown(group), ha="center", va="bottom", fontsize=11)
     fig.legend(
-        handles=[Patch(color=rgb, label=name) for name, rgb in patches.items()], ncols=abreast,
+        handles=[Patch(color=rgb, label=name) for name, rgb in patches], ncols=abreast,
         loc="upper center", bbox_to_anchor=(0.5, (below - 0.06) / height), frameon=False,
         fontsize=8, borderaxespad=0, borderpad=0,
         handlelength=1.2, columnspacing=1.2, labelspacing=0.35,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from html import escape
 
 import pandas as pd
 from pandas.io.formats.style import Styler
@@ -133,14 +134,22 @@ def summary(
     return found
 
 
+def literal(table: pd.DataFrame, caption: str = "") -> Styler:
+    """``table.style`` whose words are what they say: names with ``<`` or ``&`` are no HTML."""
+    look = table.style.format(escape="html").set_caption(escape(caption))
+    return look.format_index(escape="html").format_index(escape="html", axis="columns")
+
+
 def styled(found: pd.DataFrame, caption: str) -> Styler:
     """:func:`summary` or :func:`paper_wide` to look at: plain names of parameters, one digit, a
     dash for nothing, and each line whole, so that it can be sorted."""
     plain = found.reset_index() if found.index.names != [None] else found.copy()
     plain.columns = [str(name).removeprefix("parameters.") for name in plain]
     numbers = [str(name) for name in found]
-    look = plain.style.hide(axis="index").set_caption(caption)
-    look = look.format(lambda value: f"{value:g}" if isinstance(value, float) else value)
+    look = literal(plain, caption).hide(axis="index")
+    look = look.format(
+        lambda value: f"{value:g}" if isinstance(value, float) else value, escape="html"
+    )
     return look.format(precision=1, na_rep="–", subset=numbers)
 
 
