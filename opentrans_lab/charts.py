@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .letters import shown, to_the_letter
+from .letters import brief, to_the_letter
 
 
 @to_the_letter
@@ -35,9 +35,9 @@ def transfer(found: pd.DataFrame, scores: Sequence[str]) -> Figure:
             place = np.arange(len(lines)) + (k - (len(scores) - 1) / 2) * wide
             doubt = lines[f"{score} ±"] if f"{score} ±" in lines else None
             axis.bar(place, lines[score], wide, yerr=doubt, label=score, error_kw={"lw": 1})
-        axis.set_xticks(range(len(lines)), map(shown, lines.index), rotation=12)
+        axis.set_xticks(range(len(lines)), map(brief, lines.index), rotation=12)
         named = zip(settings, np.atleast_1d(values), strict=True) if settings else ()
-        words = [shown(f"{name.removeprefix('parameters.')} {value}") for name, value in named]
+        words = [brief(f"{name.removeprefix('parameters.')} {value}") for name, value in named]
         seeds = f"{lines['n'].min()} to {lines['n'].max()} seeds"
         axis.set(title=", ".join([*words, seeds]), ylabel="mIoU (%)")
     axes[0, 0].legend()
@@ -60,10 +60,10 @@ def cost_bubbles(panels: Mapping[str, pd.DataFrame]) -> Figure:
                      alpha=0.55, edgecolors="w")  # fmt: skip
         for line in table.itertuples():
             place = line.GMACs, line.mIoU
-            axis.annotate(shown(line.row), place, fontsize=7, ha="center", va="center")
-        axis.set(title=shown(title), xlabel="GMACs of a picture", ylabel="mIoU (%)")
+            axis.annotate(brief(line.row), place, fontsize=7, ha="center", va="center")
+        axis.set(title=brief(title), xlabel="GMACs of a picture", ylabel="mIoU (%)")
         axis.margins(0.15)
-    handles = [Patch(color=colours[kind], alpha=0.55, label=shown(kind)) for kind in kinds]
+    handles = [Patch(color=colours[kind], alpha=0.55, label=brief(kind)) for kind in kinds]
     axes[0, 0].legend(handles=handles, title="area: parameters")
     return fig
 
@@ -89,8 +89,8 @@ def regime_map(table: pd.DataFrame, title: str = "") -> Figure:
     fig, axis = plt.subplots(figsize=(2 + 1.9 * len(columns), 1.2 + 0.5 * len(rows)))
     sns.heatmap(sign.fillna(0), annot=text.fillna("–"), fmt="", vmin=-1, vmax=1, linewidths=1,
                 cmap=["#e59a8c", "#e8e8e8", "#9ccc9c"], cbar=False, ax=axis,
-                xticklabels=[*map(shown, columns)], yticklabels=[*map(shown, rows)])  # fmt: skip
+                xticklabels=[*map(brief, columns)], yticklabels=[*map(brief, rows)])  # fmt: skip
     named = ", ".join(name.removeprefix("parameters.") for name in settings)
-    axis.set(title=shown(title, 100), xlabel="frozen", ylabel=named)
+    axis.set(title=brief(title, 100), xlabel="frozen", ylabel=named)
     axis.tick_params(axis="y", rotation=0)
     return fig

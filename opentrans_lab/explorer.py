@@ -15,7 +15,7 @@ from .alpha import RESHAPES, RULES, Spectrum, fit_alpha, mp_edge
 from .errors import LabError
 from .esd import spectra
 from .layers import layers
-from .letters import shown
+from .letters import brief
 
 
 def compare(model: nn.Module, layer: str, reshapes: Sequence[str] = ("slices",),
@@ -42,7 +42,7 @@ def compare(model: nn.Module, layer: str, reshapes: Sequence[str] = ("slices",),
             plots.esd_panel(axis, spectrum, row)
             axis.set(xlabel="eigenvalue λ")
         line[0].set_ylabel("density")
-    fig.suptitle(shown(layer, 100), parse_math=False)
+    fig.suptitle(brief(layer, 100), parse_math=False)
     return fig
 
 

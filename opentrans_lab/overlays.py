@@ -18,7 +18,7 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from .letters import shown, to_the_letter
+from .letters import brief, to_the_letter
 from .scenes import IGNORE
 
 Colour = tuple[float, float, float]
@@ -145,7 +145,7 @@ def compare(
             rows[-1].append(part)
     cells = [cell for maps in columns.values() for cell in maps]
     found = occurring([c for c in cells if isinstance(c, Tensor)], names)
-    patches = [(shown(name), colour(name)) for name in found[:LEGEND]]
+    patches = [(brief(name), colour(name)) for name in found[:LEGEND]]
     if len(found) > LEGEND:
         patches.append((f"and {len(found) - LEGEND} more", (1.0, 1.0, 1.0)))
     if any(isinstance(cell, np.ndarray) for cell in cells):
@@ -165,7 +165,7 @@ def _sheet(
     new = [bool(i) and heads[i][0] != heads[i - 1][0] for i in range(len(heads))]
     talls = [wide * min(2, max(0.4, row[0].shape[0] / row[0].shape[1])) for row in rows]
     told = [
-        [piece for line in title.splitlines() for piece in wrap(shown(line, 160), int(tall / 0.06))]
+        [piece for line in title.splitlines() for piece in wrap(brief(line, 160), int(tall / 0.06))]
         for title, tall in zip(titles, talls, strict=False)
     ]
     beside = 0.06 + 0.14 * max(map(len, told), default=-0.4)
@@ -187,7 +187,7 @@ def _sheet(
             axis.imshow(cell)
             axis.spines[:].set_visible(False)
             if r == 0:
-                axis.set_title(shown(title), fontsize=9, pad=3)
+                axis.set_title(brief(title), fontsize=9, pad=3)
         if r < len(told):
             fig.axes[-len(row)].set_ylabel("\n".join(told[r]), fontsize=7.5, labelpad=3)
         top -= tall + 0.04
@@ -196,7 +196,7 @@ def _sheet(
         ends, y = np.array([own[0], own[-1] + wide]) / total, 1 - 0.25 / height
         fig.add_artist(plt.Line2D(ends, [y, y], color="0.4", lw=0.8))
         place = ends.mean(), y + 0.04 / height
-        fig.text(*place, shown(group), ha="center", va="bottom", fontsize=11)
+        fig.text(*place, brief(group), ha="center", va="bottom", fontsize=11)
     fig.legend(
         handles=[Patch(color=rgb, label=name) for name, rgb in patches], ncols=abreast,
         loc="upper center", bbox_to_anchor=(0.5, (below - 0.06) / height), frameon=False,

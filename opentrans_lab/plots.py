@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from .alpha import Spectrum
 from .errors import LabError
-from .letters import shown, to_the_letter
+from .letters import brief, to_the_letter
 
 TRAINED, FROZEN, RANDOM, FIT = "#3b6ea5", "#2a9d8f", "#b8b8b8", "#d1495b"
 
@@ -85,7 +85,7 @@ def esd_panel(axis: Axes, spectrum: Spectrum, row: Mapping) -> None:
     else:
         axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.set_title(shown(row["name"]), fontsize=10, parse_math=False)
+    axis.set_title(brief(row["name"]), fontsize=10, parse_math=False)
 
 
 def esd_grid(spectra: Mapping[str, Spectrum], alphas: pd.DataFrame, title: str = "",
@@ -117,7 +117,7 @@ def esd_grid(spectra: Mapping[str, Spectrum], alphas: pd.DataFrame, title: str =
                Line2D([], [], color="k", lw=1, ls=":", label="edge of pure noise")]
     fig.legend(handles=handles, loc="outside lower center", ncols=min(4, 2 * columns))
     if title:
-        fig.suptitle(shown(title, 100), parse_math=False)
+        fig.suptitle(brief(title, 100), parse_math=False)
     return fig
 
 
@@ -126,7 +126,7 @@ def _by_depth(count: int, height: float = 4.2) -> tuple[Figure, Axes]:
 
 
 def _name_ticks(axis: Axes, names: pd.Series) -> None:
-    axis.set_xticks(range(len(names)), map(shown, names), rotation=90, fontsize=8)
+    axis.set_xticks(range(len(names)), map(brief, names), rotation=90, fontsize=8)
     axis.set_xlim(-0.7, len(names) - 0.3)
 
 
@@ -222,14 +222,15 @@ def control_gap(alphas: pd.DataFrame, untrained: pd.DataFrame | None = None,
 @to_the_letter
 def alpha_flow(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Alpha of every layer through several states of one model, a line a layer, median in bold."""
-    merged = pd.concat({k: t.set_index("name").alpha for k, t in tables.items()}, axis=1).dropna()
+    states = {brief(k): table.set_index("name").alpha for k, table in tables.items()}
+    merged = pd.concat(states, axis=1).dropna()
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.4))
     places = range(merged.shape[1])
     colors = sns.color_palette("viridis", len(merged))
     for color, (_, values) in zip(colors, merged.iterrows(), strict=True):
         axes[0].plot(places, values, color=color, lw=1, alpha=0.8)
     axes[0].plot(places, merged.median(), color="k", lw=3, marker="o")
-    axes[0].set_xticks(places, map(shown, merged.columns))
+    axes[0].set_xticks(places, merged.columns)
     axes[0].set(ylabel="α", yscale="log", title="each layer (dark: input), and the median",
                 xlim=(-0.2, len(places) - 0.8))
     _plain_log(axes[0].yaxis, (1, 1.5, 2, 3, 5, 7))

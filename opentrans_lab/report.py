@@ -8,8 +8,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 from datetime import datetime
+from html import unescape
 from itertools import groupby
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import pandas as pd
@@ -67,8 +69,8 @@ def _write(site: Path) -> None:
     failed = [_failed(p) for p in sorted(runs_root().glob("[!.]*/[!.]*/failed.ipynb"))]
     names = {record["notebook"] for _, record in found} | {f["notebook"] for f in failed}
     pages = {
-        _name(record): f"{_name(record)}/index.html" if (folder / "report.html").is_file()
-        else f"index.html#{_name(record)}"
+        _name(record): quote(f"{_name(record)}/index.html") if (folder / "report.html").is_file()
+        else f"index.html#{quote(_name(record))}"
         for folder, record in found
     }  # fmt: skip
     grouped = {k: list(g) for k, g in groupby(found, key=lambda r: r[1]["notebook"])}
@@ -139,12 +141,13 @@ def _card(folder: Path, record: dict, site: Path, pages: dict[str, str]) -> dict
     """
     target = site / record["notebook"] / record["key"]
     target.mkdir(parents=True)
-    href = target.relative_to(site).as_posix()
+    href = quote(target.relative_to(site).as_posix())
     page = folder / "report.html"
     if page.is_file():
         back = '<a class="button" href="../../index.html">All runs</a>'
         text = page.read_text(encoding="utf-8").replace(BACK, back)
-        text = TO_RUN.sub(lambda link: f'href="../../{pages.get(link[1], "index.html")}"', text)
+        home = "index.html"
+        text = TO_RUN.sub(lambda x: f'href="../../{pages.get(unescape(x[1]), home)}"', text)
         names = {name.partition("/")[0] for name in pages}
         text = TO_NOTEBOOK.sub(lambda x: _section_link(x[1], names, "../../index.html"), text)
         (target / "index.html").write_text(text, encoding="utf-8")
@@ -160,8 +163,8 @@ def _card(folder: Path, record: dict, site: Path, pages: dict[str, str]) -> dict
         "metrics": metrics,
         "short": len(metrics) <= OPEN_METRICS,
         "page": f"{href}/index.html" if page.is_file() else "",
-        "figures": [{"name": _words(p), "href": f"{href}/{p.name}"} for p in figures],
-        "tables": [_table(p, f"{href}/{p.name}") for p in tables],
+        "figures": [{"name": _words(p), "href": f"{href}/{quote(p.name)}"} for p in figures],
+        "tables": [_table(p, f"{href}/{quote(p.name)}") for p in tables],
     }
 
 

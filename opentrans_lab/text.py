@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .errors import LabError
+from .errors import LabError, shown
 
 _GROUNDS = ("grass", "sand", "water", "brick", "sky", "road", "snow", "wood")  # scenes.STUFF
 
@@ -87,16 +88,10 @@ def readings(names: Sequence[str]) -> list[tuple[int, ...]]:
     """What CLIP reads of each name in a prompt, as tokens: equal where it cannot tell two apart.
 
     Its tokenizer evens out case, blanks, Unicode forms, typographic marks and HTML entities.
-
-    Raises:
-        LabError: a name that Unicode cannot write, such as a file name of another encoding.
     """
     from open_clip.tokenizer import tokenize  # here, as it takes seconds and few tables need it
 
-    try:
-        rows = tokenize([f"a photo of a {name}" for name in names], LEAST).tolist()
-    except UnicodeEncodeError as error:
-        raise LabError(f"the name {error.object!r} is not in UTF-8; write it so") from error
+    rows = tokenize([f"a photo of a {name}" for name in names], LEAST).tolist()
     return [tuple(row[: row.index(max(row))]) for row in rows]  # the tower stops at the end token
 
 
@@ -104,9 +99,11 @@ def checked_names(class_names: ClassNames) -> tuple[str, ...]:
     """The first name of each class of a vocabulary in which a pixel can be any of them.
 
     Raises:
-        LabError: no names, an empty one, or two that CLIP reads alike.
+        LabError: no names, an empty one, one that is not in UTF-8, or two that CLIP reads alike.
     """
     names = flat_names(class_names)[0]
+    if wrong := [name for name in names if name != shown(name)]:
+        raise LabError(f"the name {wrong[0]!r} is not in UTF-8; write it so")
     known = {readings([""])[0]: ""}
     for name, read in zip(names, readings(names), strict=True):
         if read not in known:
@@ -175,13 +172,16 @@ class TextEncoder:
     ) -> Tensor:
         self.clip.to(device)
         step = max(1, BATCH // len(templates))
-        parts = []
+        parts, written = [], {}  # name by what is read of it
         # Never under the caller's autocast: what is cached must not depend on who asked first.
         with torch.autocast(device.type, enabled=False):
             for low in tqdm(range(0, len(names), step), "text embeddings", delay=3, leave=False):
                 some = names[low : low + step]
                 prompts = [t.replace("{}", name) for name in some for t in templates]
-                tokens = self.tokenizer(prompts).to(device)  # (c·T, L)
-                one = self.clip.encode_text(tokens, normalize=True)  # (c·T, D)
+                tokens = self.tokenizer(prompts)  # (c·T, L)
+                for name, read in zip(some, tokens.view(len(some), -1).tolist(), strict=True):
+                    if (other := written.setdefault(tuple(read), name)) != name:
+                        warnings.warn(f"CLIP reads {other!r} and {name!r} alike", stacklevel=5)
+                one = self.clip.encode_text(tokens.to(device), normalize=True)  # (c·T, D)
                 parts.append(F.normalize(one.view(len(some), len(templates), -1).mean(1), dim=-1))
         return torch.cat(parts)
