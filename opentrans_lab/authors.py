@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import LabError
-from .results import atomic_path
+from .outputs import atomic_path
 from .statedict import read_state_dict
 from .tower import FIRST
 

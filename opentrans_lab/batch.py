@@ -15,7 +15,7 @@ from .errors import LabError
 from .fingerprint import looking_once
 from .grids import Job
 from .job import RunResult, run_job
-from .results import load, runs_root
+from .results import load, runs_root, writable_runs
 from .workers import Ended, Started, run_on_workers
 
 
@@ -54,8 +54,8 @@ def run_grid(
         one result a job, in the order of ``jobs``; equal jobs are one.
 
     Raises:
-        LabError: an unknown notebook or parameter in any job, before the first one is run; a
-            scheduler that does not answer.
+        LabError: an unknown notebook or parameter in any job, or a folder of runs that cannot be
+            written, before the first one is run; a scheduler that does not answer.
     """
     if workers < 1:
         raise LabError(f"--workers {workers} must be 1 or more")
@@ -70,6 +70,8 @@ def run_grid(
         done = {i: run_job(jobs[i]) for i, at in enumerate(folders) if not force and load(at)}
     since, until = begun if force else None, None if deadline is None else begun + 60 * deadline
     left = {i: job for i, job in enumerate(jobs) if i not in done}
+    if left:
+        writable_runs()
     several = workers > 1 or scheduler
     with tqdm(total=len(jobs), desc="runs", disable=None if several else True) as bar:
 

@@ -17,6 +17,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from .tables import HEADS_LEFT, half_width, main_setting, paper
+from .urls import href
 
 OURS = {"dense": "dense", "random": "random_layerwise", "ours": "ours"}  # Table 1's rows as ours
 HAS = {  # Table 4's lines as ours
@@ -189,8 +190,8 @@ def _link(folder: str, text: str) -> str:
         return text
     path = Path(folder)
     page = path / ("report.html" if (path / "report.html").is_file() else "metrics.json")
-    run = escape(f"{path.parent.name}/{path.name}")
-    return f'<a data-run="{run}" href="{escape(os.path.relpath(page))}">{escape(text)}</a>'
+    run = href(f"{path.parent.name}/{path.name}")
+    return f'<a data-run="{run}" href="{href(os.path.relpath(page))}">{escape(text)}</a>'
 
 
 def as_csv(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:

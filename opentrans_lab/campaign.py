@@ -16,10 +16,11 @@ from .batch import check_minutes, run_grid, run_notebook
 from .fingerprint import looking_once
 from .grids import Job, find_notebook, load_grid
 from .job import RunResult
+from .outputs import atomic_path, writable_folder
 from .page import duration
 from .plan import past_speed, plan
 from .report import build_report
-from .results import atomic_path, described, load, records, results_root
+from .results import described, load, records, results_root
 from .sources import identity
 from .tables import experiment
 
@@ -81,6 +82,8 @@ def campaign(
         LabError: as ``batch.run_grid``.
     """
     check_minutes(minutes)
+    remedy = "set the variable OPENTRANS_RESULTS to a folder that can"
+    writable_folder(results_root(), "the folder of published runs", remedy)
     jobs = load_grid(grid)
     print(outlook(jobs))
     done = run_grid(missing_first(jobs), False, minutes, workers, scheduler)

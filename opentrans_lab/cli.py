@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -30,8 +30,10 @@ from .commands import (
     EvaluateCommand,
     MaskCommand,
     check_out,
+    save_out,
 )
 from .errors import LabError
+from .outputs import at_home
 
 Parameters = UseAppendAction[tuple[tuple[str, str], ...]]
 
@@ -89,7 +91,6 @@ class PlanCommand:
     def __call__(self) -> int:
         from .grids import load_grid
         from .plan import ASSUMPTIONS, describe_plan, measured, plan, reference
-        from .results import save_table
         from .work import step_macs
 
         speed, how = self.images_per_second, "as given"
@@ -111,9 +112,7 @@ class PlanCommand:
             "  All else takes its MACs at that rate."
         )
         print("\n".join(f"  {line}" for line in ASSUMPTIONS))
-        if self.out:
-            save_table(table, self.out)
-            print(f"table: {self.out}")
+        save_out(table, self.out)
         return 0
 
 
@@ -178,8 +177,9 @@ class MiniClipCommand:
 
     steps: int | None = None
     """Optimiser steps (default: as many as the shipped weights have seen)."""
-    out: Path = Path("runs/mini_clip")
-    """Folder for checkpoints, weights, configuration and card."""
+    out: Path | None = None
+    """Folder for checkpoints, weights, configuration and card (default: mini_clip in the folder of
+    runs)."""
     device: str = "auto"
     """A torch device."""
 
@@ -211,6 +211,15 @@ def _one_of(workers: int, scheduler: str) -> None:
         raise LabError("--scheduler brings its own workers; leave --workers out")
 
 
+def _expand(command: object) -> None:
+    """Put the home folder for ``~`` in a command's paths: no shell does it in ``--out=~/x``."""
+    for name, value in vars(command).items():
+        if isinstance(value, Path):
+            setattr(command, name, at_home(value))
+        elif is_dataclass(value):
+            _expand(value)
+
+
 def _exit_code(results: list) -> int:
     failed = [result for result in results if result.status == "failed"]
     return 0 if not failed else 2 if all(result.users for result in failed) else 1
@@ -232,6 +241,7 @@ def main(args: list[str] | None = None) -> None:
         args=args,
     )
     try:
+        _expand(command)
         code = command()
     except LabError as error:
         print(f"opentrans-lab: {error}", file=sys.stderr)

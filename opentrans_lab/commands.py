@@ -6,19 +6,32 @@ Each imports what it needs when it runs, so that ``--help`` answers at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction
 from tyro.conf import subcommand as named
 
 from .errors import LabError
+from .outputs import PICTURES, TABLES, keep, writable
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def check_out(out: Path | None) -> None:
-    """Refuse a folder before the work whose table it cannot take, and not after it."""
-    if out and out.is_dir():
-        raise LabError(f"--out {out} is a folder; name a file in it")
+    """Refuse, before the work, a place that cannot take its table."""
+    if out:
+        writable(out, "--out", TABLES)
+
+
+def save_out(table: pd.DataFrame, out: Path | None) -> None:
+    """Write a table that has been printed, where that is asked for, and say where it is."""
+    from .results import save_table
+
+    if out:
+        print(f"table: {keep(out, partial(save_table, table))}")
 
 
 @dataclass
@@ -51,7 +64,6 @@ class AlphaCommand:
         from tqdm.auto import tqdm
 
         from .alpha import compare_authors, layer_alphas
-        from .results import save_table
 
         if self.compare not in (None, "authors"):
             raise LabError(f"--compare {self.compare} is unknown; the one choice is authors")
@@ -72,9 +84,7 @@ class AlphaCommand:
         without = f" (without {left_out})" if left_out else ""
         median = f"median alpha over these {fitted}: {table['alpha'].median():.4f}"
         print(f"{fitted} of {len(table)} layers{without} fitted, {median}")
-        if self.out:
-            save_table(table, self.out)
-            print(f"table: {self.out}")
+        save_out(table, self.out)
         if self.compare:
             print(compare_authors(layer_alphas(weights, "slices", "peak_official")))
         return 0
@@ -129,8 +139,8 @@ class CostCommand:
     def __call__(self) -> int:
         from .cost import SIZE, TRAINING_SIZE, cost, training_cost
         from .masks import Mask
-        from .results import save_table
 
+        check_out(self.out)
         mask = Mask.load(self.mask) if self.mask else None
         about = dict(mask=mask, backbone=self.backbone, preset=self.preset)
         if self.training:
@@ -143,9 +153,7 @@ class CostCommand:
         units = {"macs": "GMACs", "sparse_macs": "sparse_GMACs"}
         print(shown.rename(columns=units).to_string(index=False, na_rep="", float_format="%.6g"))
         print("1 FLOP = 1 MAC. 'paper' is reconstructed; residual = total - printed.")
-        if self.out:
-            save_table(table, self.out)
-            print(f"table: {self.out}")
+        save_out(table, self.out)
         return 0
 
 
@@ -259,7 +267,10 @@ class EvaluateCommand:
     def __call__(self) -> int:
         from .measure import measure
 
-        print(measure(**vars(self)))
+        check_out(self.out)
+        found = measure(**{name: value for name, value in vars(self).items() if name != "out"})
+        print(found)
+        save_out(found.table, self.out)
         return 0
 
 
@@ -281,8 +292,9 @@ class DataCommand:
         from .datacheck import check
 
         picture = self.picture or Path(f"data_{self.dataset}_{self.split}.png")
-        found = check(self.dataset, self.split, self.root, picture)
+        writable(picture, "--picture", PICTURES)
+        found = check(self.dataset, self.split, self.root)
         print(found)
         if found.images:
-            print(f"  overlay            {picture}")
+            print(f"  overlay            {keep(picture, found.save_overlay)}")
         return 0 if found.fine else 1

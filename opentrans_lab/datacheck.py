@@ -9,12 +9,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import load_dataset
 from .errors import LabError
+from .outputs import atomic_path
 from .overlays import compare
-from .results import atomic_path
 from .scenes import IGNORE
 
 
@@ -29,6 +30,8 @@ class Checked:
     ignored: float = 0.0  # fraction of the pixels, 1 where none has a class
     sizes: Counter = field(default_factory=Counter, repr=False)  # (height, width) -> images
     missing: int = 0  # files
+    shown: list[tuple[Tensor, Tensor, str]] = field(default_factory=list, repr=False)
+    """Up to four images (3, h, w) in [0, 1] with their labels (H, W) int64 and files' names."""
 
     @property
     def fine(self) -> bool:
@@ -56,14 +59,17 @@ class Checked:
             lines.append(f"    and {len(self.broken) - 20} more")
         return "\n".join(lines)
 
+    def save_overlay(self, path: Path) -> None:
+        """Write a picture of the images shown under their labels."""
+        pictures, maps, files = zip(*self.shown, strict=True)
+        figure = compare(pictures, {"labels": maps}, self.classes["name"].tolist(), files)
+        with atomic_path(path) as partial:
+            figure.savefig(partial, dpi=100, bbox_inches="tight")
+        plt.close(figure)
 
-def check(
-    dataset: str, split: str = "val", root: str | Path | None = None, picture: Path | None = None
-) -> Checked:
+
+def check(dataset: str, split: str = "val", root: str | Path | None = None) -> Checked:
     """Decode every image and label of a split.
-
-    Args:
-        picture: where to save an overlay of up to four images.
 
     Raises:
         LabError: folders or lists are missing, so that nobody knows what should be there.
@@ -86,12 +92,6 @@ def check(
             if len(shown) < 4:
                 shown.append((batch["images"][0], labels, batch["files"][0]))
             bar.update()
-    if picture and shown:
-        pictures, maps, files = zip(*shown, strict=True)
-        figure = compare(pictures, {"labels": maps}, data.names, files)
-        with atomic_path(picture) as path:
-            figure.savefig(path, dpi=100, bbox_inches="tight")
-        plt.close(figure)
     labelled = max(int(pixels[:count].sum()), 1)
     table = pd.DataFrame({
         "id": range(count), "name": data.names, "seen": data.seen.tolist(),
@@ -99,7 +99,7 @@ def check(
     })  # fmt: skip
     ignored = float(pixels[count] / max(int(pixels.sum()), 1))
     return Checked(data.title, sum(sizes.values()), data.skipped, table, ignored, sizes,
-                   len(data.missing))  # fmt: skip
+                   len(data.missing), shown)  # fmt: skip
 
 
 def _few(names: list[str], most: int = 12) -> str:

@@ -28,9 +28,9 @@ import torch.distributed as dist
 from .device import pick
 from .errors import LabError, OutOfTime
 from .lab import Lab
+from .outputs import atomic_path
 from .processes import together
 from .prune import PruneConfig
-from .results import atomic_path
 from .stages import row_start
 from .tuning import Recipe, fine_tune
 

@@ -25,8 +25,8 @@ from .data import IGNORE, Batch, Dataset
 from .device import pick
 from .errors import LabError
 from .heads.inference import cut
+from .outputs import atomic_path, writable_folder
 from .processes import together
-from .results import atomic_path
 from .text import ClassNames
 
 PIECE = 2**25  # upsampled scores that are held at a time (128 MB)
@@ -136,7 +136,8 @@ def evaluate(
     }  # fmt: skip
     if out:
         about |= {"files": dataset.fingerprint(), "weights": _digest(model)}
-    file = Path(out) / f"evaluation-{share[0]}.safetensors" if out else None
+        out = writable_folder(out)
+    file = out / f"evaluation-{share[0]}.safetensors" if out else None
     counts, before, lost = _resume(file, about, n_classes)
     counts, consumed, saved = counts.to(device), before, time.monotonic()
     bar = tqdm(total=len(dataset), initial=min(before * share[1], len(dataset)), desc="evaluate",

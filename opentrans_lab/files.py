@@ -201,7 +201,8 @@ def find_pictures(text: str) -> list[Path]:
         LabError: one that leads to no picture.
     """
     try:
-        parts = [text] if Path(text).expanduser().exists() else shlex.split(text)
+        whole = os.path.exists(os.path.expanduser(text))  # False for a list longer than a name
+        parts = [text] if whole else shlex.split(text)
     except ValueError as error:
         raise LabError(f"pictures={text!r}: {error}; quote what has spaces in it") from error
     found: dict[Path, None] = {}
@@ -212,7 +213,9 @@ def find_pictures(text: str) -> list[Path]:
             if not some:
                 raise LabError(f"{path} holds no picture ({', '.join(PICTURES)}); name another")
         else:
-            some = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+            there = next(p for p in (path, *path.parents) if os.path.exists(p))
+            pattern = str(path.relative_to(there))  # a folder that is there is no pattern
+            some = [there / p for p in sorted(glob.glob(pattern, root_dir=there, recursive=True))]
             some = [path] if path.is_file() else [p for p in some if p.is_file() and wanted(p.name)]
         if not some:
             raise LabError(

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import nbformat
 import papermill
 import yaml
 
@@ -61,7 +62,7 @@ def defaults(notebook: Path | str) -> dict:
 def _defaults(notebook: Path, changed: int) -> dict:
     """Read once, as a grid asks for the same ones hundreds of times."""
     try:
-        found = papermill.inspect_notebook(notebook)
+        found = papermill.inspect_notebook(nbformat.read(notebook, as_version=4))
     except (ValueError, KeyError) as error:
         raise LabError(f"{notebook} is not a readable notebook ({error})") from error
     try:

@@ -28,15 +28,20 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import papermill_io
 
 from .errors import LabError
 from .grids import Job, defaults
+from .outputs import atomic_path, keep
 from .page import run_page
-from .results import ASIDE, STAGE, Run, atomic_path, load, plain, put, run_key, runs_root
+from .results import ASIDE, STAGE, Run, load, plain, put, run_key, runs_root, writable_runs
 from .sources import identity
+from .urls import FILE, Files
 
 ATTEMPTS = 2  # of a job that fails by no fault of the user's: machines hiccup
+TAKEN = ("report", "stages")  # folders of runs that are no notebook's
 OWN: set[Path] = set()  # stages in use by this process, whose jobs may run side by side
+papermill_io.register(FILE, Files())
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,8 @@ def _run(
     until: float | None,
     gone: Callable[[], bool],
 ) -> RunResult:
+    if job.notebook.stem in TAKEN:
+        raise LabError(f"{job.notebook} has the name of another folder beside its run: rename it")
     params, known = job.full, defaults(job.notebook)
     changed = {key: value for key, value in params.items() if value != known[key]}
     with _staged(folder) as stage:
@@ -130,9 +137,11 @@ def _run(
                 folder.mkdir(parents=True, exist_ok=True)
                 os.replace(stage / "executed.ipynb", folder / "failed.ipynb")
             return RunResult(job, folder, "failed", error=error, users=users)
-        with atomic_path(stage / "report.html") as page:
-            page.write_text(run_page(stage, load(stage)), encoding="utf-8")
-        _publish(stage, folder, force_since is not None)
+        keep(
+            folder,
+            lambda folder: _publish(stage, folder, force_since is not None),
+            rescue=lambda spare: shutil.copytree(stage, spare),
+        )
     return RunResult(job, folder, "ok")
 
 
@@ -206,8 +215,8 @@ def _execute(
     """
     try:
         papermill.execute_notebook(
-            notebook,
-            output,
+            notebook.resolve().as_uri(),
+            output.as_uri(),
             changed,
             kernel_name="python3",
             language="python",
@@ -242,7 +251,7 @@ def _staged(folder: Path) -> Iterator[Path]:
     Stages that killed runners of this machine have left are removed too, and an older run that one
     of them had just put aside comes back.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    writable_runs(folder.parent).mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}@{socket.gethostname()}@"
     for left in folder.parent.glob(f"{prefix}*"):
         mine = left.with_name(left.name.removesuffix(ASIDE)) in OWN
@@ -279,6 +288,10 @@ def _alive(pid: int) -> bool:
 
 
 def _publish(stage: Path, folder: Path, force: bool) -> None:
-    """Make ``stage`` the run's folder. Where another runner was faster, its run stays."""
+    """Make ``stage`` the run's folder, with its page. Where another runner was faster, its run
+    stays."""
+    with atomic_path(stage / "report.html") as page:
+        html = run_page(stage, load(stage))
+        page.write_text(html, encoding="utf-8", errors="backslashreplace")
     if force or not load(folder):
         put(stage, folder, lambda: load(folder) is not None)

@@ -18,7 +18,8 @@ from .backbone import Backbone, load_backbone
 from .data import load_dataset
 from .errors import LabError, OutOfTime, deadline
 from .files import entries
-from .results import atomic_path, run_key, runs_root
+from .outputs import atomic_path
+from .results import run_key, runs_root, writable_runs
 from .sources import absolute, data_files, weights
 
 
@@ -122,7 +123,7 @@ def cached(stage: str, params: dict, work: Callable[[Path], dict]) -> tuple[Path
     """
     folder = stage_folder(stage, params)
     done = folder / "result.json"
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    writable_runs(folder.parent).mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)  # its removal was cut short

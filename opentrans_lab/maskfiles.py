@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from .errors import LabError
 from .masks import Mask
-from .results import atomic_path
+from .outputs import atomic_path, keep, writable
 from .sparse import save_sparse
 from .statedict import read_state_dict
+
+OURS = ".safetensors"
 
 
 def open_mask(path: Path) -> Mask:
     """A mask of this lab (.safetensors) or of the authors (anything else)."""
-    return Mask.load(path) if path.suffix == ".safetensors" else Mask.from_authors(path)
+    return Mask.load(path) if path.suffix == OURS else Mask.from_authors(path)
 
 
 def describe(path: Path) -> str:
@@ -35,18 +42,11 @@ def apply_to_file(
     Raises:
         LabError: unreadable file, a mask of another backbone, or ``out`` exists without ``force``.
     """
-    from safetensors.torch import save_file
-
-    if out.suffix != ".safetensors":
-        raise LabError(f"--out {out} must end in .safetensors, which is what is written")
-    _may_write(out, force)
+    _may_write(out, force, (OURS,))
     state = {k: v.clone() for k, v in read_state_dict(checkpoint).items()}
     match = open_mask(mask).apply(state, prefix, partial)
-    if compact:
-        save_sparse(state, out)
-    else:
-        with atomic_path(out) as path:
-            save_file({k: v.contiguous() for k, v in state.items()}, path)
+    save = save_sparse if compact else _save_dense
+    keep(out, lambda path: save(state, path))
     sizes = [path.stat().st_size / 1e6 for path in (checkpoint, out)]
     return f"{match}\n{out}: {sizes[1]:.1f} MB ({checkpoint.name}: {sizes[0]:.1f} MB)"
 
@@ -57,22 +57,25 @@ def convert(mask: Path, out: Path, checkpoint: Path | None = None, force: bool =
     Raises:
         LabError: as above, or weights are needed and not given.
     """
-    _may_write(out, force)
-    found = open_mask(mask)
-    if out.suffix == ".safetensors":
-        found.save(out)
-    elif checkpoint is None:
+    _may_write(out, force, (OURS, ".pth", ".pt"))
+    ours = out.suffix == OURS
+    if not ours and checkpoint is None:
         raise LabError(
             f"{out} in the authors' form holds weights, too: name them with --checkpoint "
-            "(for this lab's form, let the name end in .safetensors)"
+            f"(for this lab's form, let the name end in {OURS})"
         )
-    else:
-        found.to_authors(read_state_dict(checkpoint), out)
+    found = open_mask(mask)
+    weights = {} if ours else read_state_dict(checkpoint)
+    keep(out, found.save if ours else partial(found.to_authors, weights))
     return f"{out}: {found!r}"
 
 
-def _may_write(out: Path, force: bool) -> None:
-    if out.is_dir():
-        raise LabError(f"{out} is a folder; name a file in it")
+def _may_write(out: Path, force: bool, suffixes: tuple[str, ...]) -> None:
+    writable(out, "--out", suffixes)
     if out.exists() and not force:
         raise LabError(f"{out} exists; name another file, or add --force")
+
+
+def _save_dense(state: Mapping[str, Tensor], out: Path) -> None:
+    with atomic_path(out) as path:
+        save_file({k: v.contiguous() for k, v in state.items()}, path)

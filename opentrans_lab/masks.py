@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .authors import read_authors, write_authors
 from .errors import LabError
-from .results import atomic_path
+from .outputs import atomic_path
 from .statedict import pack_bits, unpack_bits
 from .topk import top_k
 from .tower import Match, locate, prunable

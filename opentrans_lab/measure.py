@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -10,12 +12,24 @@ from .data import load_dataset
 from .device import pick
 from .errors import LabError
 from .evaluate import evaluate
+from .outputs import writable_folder
 from .panoptic import evaluate_panoptic
 from .picture import open_model
-from .results import run_key, save_table
+from .results import run_key
 
 SHOWN = 30  # classes
 PATH_CHECK = "a path check: the mini CLIP knows no photographs"
+
+
+@dataclass
+class Measured:
+    """What an evaluation found."""
+
+    text: str  # to be read: shares in percent
+    table: pd.DataFrame  # one row a class, shares as fractions
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def measure(
@@ -30,19 +44,16 @@ def measure(
     on_error: str = "raise",
     panoptic: bool = False,
     checkpoint: Path | None = None,
-    out: Path | None = None,
     device: str = "auto",
-) -> str:
-    """Evaluate the model of a stage's folder, see the command's help; the report as text.
+) -> Measured:
+    """Evaluate the model of a stage's folder, see the command's help.
 
-    An interrupted mIoU goes on from where it was. Shares are printed in percent.
+    An interrupted mIoU goes on from where it was, if the folder can be written.
 
     Raises:
-        LabError: no trained model, data that cannot be read, ``out`` is a folder, or no panoptic
-            quality of this framework or data.
+        LabError: no trained model, data that cannot be read, or no panoptic quality of this
+            framework or data.
     """
-    if out and out.is_dir():
-        raise LabError(f"{out} is a folder; name a file for the table, such as {out / 'iou.csv'}")
     if panoptic and window:
         raise LabError("--panoptic looks at whole pictures: leave --window out")
     where = pick(device)
@@ -64,6 +75,11 @@ def measure(
         asked = {"model": str(model.resolve()), "data": dataset, "root": str(root), "split": split,
                  "size": size, "window": window, "images": images, "batch": batch_size}  # fmt: skip
         progress = model / "evaluations" / run_key(asked)
+        try:
+            writable_folder(progress, "the progress of the evaluation,")
+        except LabError as error:
+            warnings.warn(f"{error}, or an interruption means to begin again", stacklevel=2)
+            progress = None
         found = evaluate(network, data, batch_size, where, window=window, out=progress)
         table, skipped = found.per_class, found.skipped
         scores = {"mIoU": found.miou, "mIoU of seen names": found.miou_seen,
@@ -71,8 +87,6 @@ def measure(
                   "pixel accuracy": found.pixel_accuracy, "fwIoU": found.fwiou}  # fmt: skip
         shown = table.query("pixels > 0").sort_values("pixels", ascending=False)
     table.insert(0, "data", title)
-    if out:
-        save_table(table, out)
     percent = [c for c in ("iou", "pq", "sq", "rq") if c in shown]
     lines = [title, *(f"  {name:<22}{100 * value:6.2f} %" for name, value in scores.items())]
     if shown.empty:
@@ -81,11 +95,11 @@ def measure(
     else:
         lines.append(_text(shown.assign(**{c: 100 * shown[c] for c in percent}).head(SHOWN)))
     if len(shown) > SHOWN:
-        lines.append(f"and {len(shown) - SHOWN} classes more" + ("" if out else " (see --out)"))
+        lines.append(f"and {len(shown) - SHOWN} classes more (--out writes all)")
     if skipped:
         lines.append(f"{len(skipped)} images were skipped:")
         lines += [f"  {reason}" for _, reason in skipped]
-    return "\n".join(lines)
+    return Measured("\n".join(lines), table)
 
 
 def _text(table: pd.DataFrame) -> str:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from . import scenes
 from .backbone import MINI, Backbone, build_mini, embed, load_backbone, mini_tokenizer
 from .device import pick
-from .results import atomic_path
+from .outputs import atomic_path, writable_folder
+from .results import runs_root
 from .text import TEMPLATES
 from .train import TrainConfig, fit
 
@@ -102,16 +103,19 @@ def _vary(captions: list[str]) -> list[str]:
 
 def train_mini(
     config: MiniConfig | None = None,
-    out: str | Path = "runs/mini_clip",
+    out: str | Path | None = None,
     device: str = "auto",
     clip_config: dict = MINI,
 ) -> Path:
     """Train from scratch (or go on from the last checkpoint in ``out``) and export.
 
+    ``out`` is ``mini_clip`` in the folder of runs by default.
+
     Returns the folder with ``model.safetensors`` (fp16), ``config.json`` and ``card.md``; copy
     it to ``data/mini_clip`` to ship it.
     """
-    config, out, where = config or MiniConfig(), Path(out), pick(device)
+    config, out, where = config or MiniConfig(), out or runs_root() / "mini_clip", pick(device)
+    out = writable_folder(out, "--out")
     torch.manual_seed(config.seed)
     clip = build_mini(clip_config).to(memory_format=torch.channels_last)
     batches = caption_batches(config, mini_tokenizer(clip_config), where)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from functools import cache
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 
 import nbformat
@@ -16,6 +16,8 @@ from jinja2 import Environment, PackageLoader, pass_context
 from latex2mathml.converter import convert
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+from .urls import href, linked
 
 MINI_LAB = "mini lab – procedural scenes, not COCO"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -90,7 +92,8 @@ def run_page(folder: Path, record: dict) -> str:
 
 def _from(folder: Path, link: re.Match) -> str:
     """A link that the kernel, which ran in this very folder, made: from ``folder`` instead."""
-    return f'data-run="{link[1]}" href="{os.path.relpath(unescape(link[2]), folder)}"'
+    page = linked(unescape(link[2]))
+    return f'data-run="{link[1]}" href="{href(os.path.relpath(page, folder))}"'
 
 
 def changed_parameters(nb: nbformat.NotebookNode) -> dict:
@@ -116,13 +119,21 @@ class _Renderer(IPythonRenderer):
     """Markdown with its formulas as MathML, so that no script has to be fetched."""
 
     def inline_math(self, body: str) -> str:
-        return convert(body)
+        return _formula(body)
 
     def block_math(self, body: str) -> str:
-        return convert(body, display="block")
+        return _formula(body, "block")
 
     def multiline_math(self, text: str) -> str:
-        return convert(text.strip().strip("$"), display="block")
+        return _formula(text.strip().strip("$"), "block")
+
+
+def _formula(source: str, display: str = "inline") -> str:
+    """As MathML; one that is no LaTeX, or more than the converter knows, as its source."""
+    try:
+        return convert(source, display=display)
+    except Exception:  # its errors have no common class, and some are Python's own
+        return f"<code>{escape(source)}</code>"
 
 
 def _markdown(source: str) -> str:
@@ -133,8 +144,8 @@ def _markdown(source: str) -> str:
 
 
 def _placeholder(link: re.Match) -> str:
-    path = Path(link[1])
-    return f'<a data-notebook="{path.stem}"' if path.suffix == ".ipynb" else "<a"
+    path = Path(linked(unescape(link[1])))
+    return f'<a data-notebook="{href(path.stem)}"' if path.suffix == ".ipynb" else "<a"
 
 
 class _Exporter(HTMLExporter):

@@ -25,8 +25,9 @@ from .backbone import Backbone, frozen_copy
 from .errors import LabError
 from .losses import cap_regions, class_loss, crop_regions, kd_loss, pool_regions, region_images
 from .masks import Mask
+from .outputs import atomic_path, writable_folder
 from .processes import Chance
-from .results import atomic_path, read_table, revision, save_table
+from .results import read_table, revision, save_table
 from .text import first_names
 from .tower import prunable
 from .train import TrainConfig, fit
@@ -169,7 +170,7 @@ def prune(
     survives. Folder ``out`` gets ``round_KK/`` with mask and history a round, and the last round's
     weights; round 0 is the dense stage. A process killed at any moment goes on from there.
     """
-    out = Path(out)
+    out = writable_folder(out)
     teacher = frozen_copy(backbone)
     student = Student(backbone)
     objective = distillation(student, teacher, config)

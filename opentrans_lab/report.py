@@ -8,10 +8,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from datetime import datetime
-from html import unescape
 from itertools import groupby
 from pathlib import Path
-from urllib.parse import quote
 
 import nbformat
 import pandas as pd
@@ -20,6 +18,7 @@ from pandas.errors import EmptyDataError
 from .errors import LabError
 from .files import shipped
 from .grids import defaults
+from .outputs import at_home, writable_folder
 from .page import (
     BACK,
     TO_NOTEBOOK,
@@ -30,7 +29,8 @@ from .page import (
     number,
     render,
 )
-from .results import put, read_table, records, revision, runs_root
+from .results import put, read_table, records, revision, runs_root, writable_runs
+from .urls import href
 
 OURS = 'content="opentrans-lab"'  # in every page of ours: such a folder may be replaced
 CLAIMS = "claims"  # a run's table that the site begins with, of several the newest
@@ -49,12 +49,12 @@ def build_report(out: Path | None = None) -> Path:
     Raises:
         LabError: ``out`` holds something that is not a report, or a run's file is damaged.
     """
-    out = Path(out) if out else runs_root() / "report"
+    out = at_home(out) if out else writable_runs() / "report"
     index = out / "index.html"
-    if out.exists() and not (index.is_file() and OURS in index.read_text(encoding="utf-8")[:2000]):
+    if out.exists() and not (index.is_file() and OURS.encode() in index.read_bytes()[:2000]):
         raise LabError(f"{out} exists and is no report; name another folder or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    site = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    writable_folder(out.parent, "--out").mkdir(parents=True, exist_ok=True)
+    site = Path(tempfile.mkdtemp(prefix=".report-", dir=out.parent))
     try:
         _write(site)
         site.chmod(0o755)
@@ -69,8 +69,8 @@ def _write(site: Path) -> None:
     failed = [_failed(p) for p in sorted(runs_root().glob("[!.]*/[!.]*/failed.ipynb"))]
     names = {record["notebook"] for _, record in found} | {f["notebook"] for f in failed}
     pages = {
-        _name(record): quote(f"{_name(record)}/index.html") if (folder / "report.html").is_file()
-        else f"index.html#{quote(_name(record))}"
+        _name(record): f"{_name(record)}/index.html" if (folder / "report.html").is_file()
+        else f"index.html#{_name(record)}"
         for folder, record in found
     }  # fmt: skip
     grouped = {k: list(g) for k, g in groupby(found, key=lambda r: r[1]["notebook"])}
@@ -97,8 +97,9 @@ def _write(site: Path) -> None:
         made=datetime.now().strftime("%Y-%m-%d %H:%M"),
         revision=revision(),
     )
-    page = TO_NOTEBOOK.sub(lambda link: _section_link(link[1], names), page)
-    (site / "index.html").write_text(page, encoding="utf-8")
+    ids = {href(name) for name in names}
+    page = TO_NOTEBOOK.sub(lambda link: _section_link(link[1], ids), page)
+    _save(page, site / "index.html")
 
 
 def _section_link(notebook: str, names: set[str], index: str = "") -> str:
@@ -106,8 +107,13 @@ def _section_link(notebook: str, names: set[str], index: str = "") -> str:
     return f'href="{index}#{notebook}"' if notebook in names else ""
 
 
+def _save(page: str, path: Path) -> None:
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
 def _name(record: dict) -> str:
-    return f"{record['notebook']}/{record['key']}"
+    """A run's name in links."""
+    return href(f"{record['notebook']}/{record['key']}")
 
 
 def _section(
@@ -125,7 +131,7 @@ def _section(
             title, question = heading(nbformat.read(path, as_version=4), name)
     runs = [_card(folder, record, site, pages) for folder, record in found]
     return {
-        "notebook": name,
+        "id": href(name),
         "title": title,
         "question": question,
         "runs": runs,
@@ -141,30 +147,29 @@ def _card(folder: Path, record: dict, site: Path, pages: dict[str, str]) -> dict
     """
     target = site / record["notebook"] / record["key"]
     target.mkdir(parents=True)
-    href = quote(target.relative_to(site).as_posix())
+    place = _name(record)
     page = folder / "report.html"
     if page.is_file():
         back = '<a class="button" href="../../index.html">All runs</a>'
         text = page.read_text(encoding="utf-8").replace(BACK, back)
-        home = "index.html"
-        text = TO_RUN.sub(lambda x: f'href="../../{pages.get(unescape(x[1]), home)}"', text)
+        text = TO_RUN.sub(lambda link: f'href="../../{pages.get(link[1], "index.html")}"', text)
         names = {name.partition("/")[0] for name in pages}
         text = TO_NOTEBOOK.sub(lambda x: _section_link(x[1], names, "../../index.html"), text)
-        (target / "index.html").write_text(text, encoding="utf-8")
+        _save(text, target / "index.html")
     metrics = _flat(record["metrics"])
     figures, tables = sorted(folder.glob("[!.]*.png")), sorted(folder.glob("[!.]*.csv"))
     for path in (*figures, *tables):
         shutil.copy2(path, target / path.name)
     return {
-        "id": _name(record),
+        "id": place,
         "record": record,
         "mini_lab": is_mini_lab(record["parameters"]),
         "changed": _changed(folder, record),
         "metrics": metrics,
         "short": len(metrics) <= OPEN_METRICS,
-        "page": f"{href}/index.html" if page.is_file() else "",
-        "figures": [{"name": _words(p), "href": f"{href}/{quote(p.name)}"} for p in figures],
-        "tables": [_table(p, f"{href}/{quote(p.name)}") for p in tables],
+        "page": f"{place}/index.html" if page.is_file() else "",
+        "figures": [{"name": _words(p), "href": f"{place}/{href(p.name)}"} for p in figures],
+        "tables": [_table(p, f"{place}/{href(p.name)}") for p in tables],
     }
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -14,8 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ import pandas as pd
 
 from . import __version__
 from .errors import LabError
+from .outputs import at_home, atomic_path, writable_folder
 from .sources import absolute, identity, made_from
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -33,33 +35,15 @@ TEXTS = ("name", "picture", "largest", "data")  # columns of tables that hold pe
 ASIDE = "-old"  # ends the name of a folder that another is about to replace
 STAGE = "OPENTRANS_STAGE"  # the folder in which the runner lets a notebook write, until it is done
 
-
-@contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside ``path`` that becomes ``path`` on success and vanishes on error.
-
-    Readers see the old file or the new one, never a part. The suffix is kept, as writers look at
-    it; folders are made.
-
-    Raises:
-        LabError: ``path`` is a folder.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise LabError(f"{path} is a folder; name a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{os.getpid()}-{time.monotonic_ns()}-{path.name}")
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+OTHER_RUNS = """set the variable OPENTRANS_RUNS to a folder that can, in a shell or in a notebook:
+  export OPENTRANS_RUNS=~/opentrans-runs
+  %env OPENTRANS_RUNS=~/opentrans-runs"""
 
 
 def save_table(table: pd.DataFrame, path: Path | str, index: bool = False) -> None:
     """Write ``table`` as CSV to ``path``, whole or not at all."""
     with atomic_path(path) as tmp:
-        table.to_csv(tmp, index=index)
+        table.to_csv(tmp, index=index, errors="backslashreplace")
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
@@ -75,12 +59,21 @@ def read_table(path: Path | str) -> pd.DataFrame:
 def runs_root() -> Path:
     """The folder of all runs: ``$OPENTRANS_RUNS``, else ``runs`` of the project around the cwd."""
     if named := os.environ.get("OPENTRANS_RUNS"):
-        return Path(named).expanduser().resolve()
+        return at_home(named).resolve()
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "pyproject.toml").is_file():
             return folder / "runs"
     return here / "runs"
+
+
+def writable_runs(folder: Path | None = None) -> Path:
+    """:func:`runs_root`, or a folder in it, once it is sure that it can be written.
+
+    Raises:
+        LabError: it cannot; says which variable names another one.
+    """
+    return writable_folder(folder or runs_root(), "the folder of runs", OTHER_RUNS)
 
 
 def plain(value, where: str = "value", odd: Callable[[float], object] = lambda value: None):
@@ -189,6 +182,8 @@ class Run:
     def dir(self) -> Path:
         """The run's folder, made on first use (under the runner: its stage, moved when done)."""
         named = self._folder or os.environ.get(STAGE)
+        if not named:
+            writable_runs()
         folder = Path(named) if named else runs_root() / self.notebook / self.key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -280,7 +275,7 @@ def described(record: dict) -> dict:
 
 def results_root() -> Path:
     """Where published runs are: ``$OPENTRANS_RESULTS``, else the project's ``results``."""
-    return Path(os.environ.get("OPENTRANS_RESULTS") or PROJECT / "results")
+    return at_home(os.environ.get("OPENTRANS_RESULTS") or PROJECT / "results")
 
 
 def records(notebook: str | None = None) -> list[tuple[Path, dict]]:
@@ -288,7 +283,7 @@ def records(notebook: str | None = None) -> list[tuple[Path, dict]]:
 
     Published runs count, too; of several with the same parameters, the own run or the newest.
     """
-    pattern, found = f"{notebook or '[!.]*'}/[!.]*/metrics.json", {}
+    pattern, found = f"{glob.escape(notebook or '') or '[!.]*'}/[!.]*/metrics.json", {}
     for root in (*sorted(results_root().glob("[!.]*")), runs_root()):
         for path in root.glob(pattern):
             if record := load(path.parent):

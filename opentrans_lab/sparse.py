@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .backbone import trunk
 from .masks import Mask
-from .results import atomic_path
+from .outputs import atomic_path
 from .statedict import SPARSE, pack_bits
 
 PRODUCTS = "1x1 convolutions as sparse products"

@@ -18,8 +18,9 @@ from torch import nn
 from .backbone import Backbone
 from .lab import Lab, cached
 from .masks import Mask
+from .outputs import atomic_path
 from .prune import PruneConfig, distill, prune, wanda_scores
-from .results import atomic_path, read_table
+from .results import read_table
 from .transfer import TRAINED, row_mask
 
 

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from .device import pick, seed_everything, use_bf16
 from .errors import LabError, OutOfTime, deadline
 from .masks import Mask
+from .outputs import writable_folder
 from .processes import average, picture_seeds, same_buffers
 
 Batch = dict
@@ -110,11 +111,12 @@ def fit(
     Losses also go to TensorBoard, where ``OPENTRANS_TENSORBOARD`` names a folder.
 
     Raises:
-        LabError: the loss or the norm of its gradient is not finite (names the step), or the
-            config is unknown.
+        LabError: the loss or the norm of its gradient is not finite (names the step), the config
+            is unknown, or ``out`` cannot be written.
         OutOfTime: the time in ``OPENTRANS_DEADLINE`` has come (a checkpoint is in ``out``).
     """
     # --- set up
+    out = None if out is None else writable_folder(out)
     seed_everything(config.seed)
     where = pick(device)
     if where.type == "cuda" and where.index is not None:
@@ -270,7 +272,8 @@ def _board(title: str, start: int):
         raise LabError(
             "OPENTRANS_TENSORBOARD is set, but TensorBoard is missing: pip install tensorboard"
         ) from error
-    return SummaryWriter(Path(folder) / re.sub(r"[^\w.]+", "-", title), purge_step=start)
+    folder = writable_folder(folder, "OPENTRANS_TENSORBOARD")
+    return SummaryWriter(folder / re.sub(r"[^\w.]+", "-", title), purge_step=start)
 
 
 def _late(until: float, device: torch.device) -> bool:

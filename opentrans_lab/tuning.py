@@ -22,9 +22,10 @@ from .evaluate import evaluate
 from .finetune import SELECTIONS, STAGES, freeze, hold_norms, select_layers, unfreeze
 from .frameworks import FRAMEWORKS, PRESETS, build
 from .lab import Lab
+from .outputs import atomic_path
 from .processes import together, wait
 from .prune import PruneConfig
-from .results import atomic_path, save_table
+from .results import save_table
 from .stages import row_start, save_weights
 from .train import TrainConfig, fit
 from .transfer import ROWS, recalibrate

@@ -20,7 +20,7 @@ from opentrans_lab.backbone import load_backbone
 from opentrans_lab.counter import on_meta
 from opentrans_lab.device import pick
 from opentrans_lab.frameworks import build
-from opentrans_lab.results import atomic_path
+from opentrans_lab.outputs import atomic_path
 from opentrans_lab.speed import savings, step_costs
 
 AIM = 20.0  # percent of the trunk's step that a frozen prefix saves

@@ -18,8 +18,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from opentrans_lab.batch import run_notebook
+from opentrans_lab.outputs import atomic_path
 from opentrans_lab.report import build_report
-from opentrans_lab.results import PROJECT, atomic_path
+from opentrans_lab.results import PROJECT
 
 CLAIMS = "claims"
 WIDE = 960  # pixels

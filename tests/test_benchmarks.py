@@ -225,7 +225,8 @@ def test_check_counts_what_is_there_and_lists_what_is_broken(tmp_path):
     picture.write_bytes(picture.read_bytes()[:100])
     png(root / "annotations/validation/c.png", np.full((2, 3), 200, np.uint8))
     png(root / "annotations/validation/d.png", np.ones((3, 2), np.uint8))
-    found = check("ade150", "val", tmp_path, tmp_path / "seen.png")
+    found = check("ade150", "val", tmp_path)
+    found.save_overlay(tmp_path / "seen.png")
     assert not found.fine and found.images == 1 and (tmp_path / "seen.png").stat().st_size > 1000
     assert [Path(file).name for file, _ in found.broken] == ["b.jpg", "c.jpg", "d.jpg"]
     for (_, reason), words in zip(

@@ -23,10 +23,10 @@ from opentrans_lab import results
 from opentrans_lab.campaign import publish
 from opentrans_lab.errors import LabError
 from opentrans_lab.grids import defaults
+from opentrans_lab.outputs import atomic_path
 from opentrans_lab.results import (
     PROJECT,
     Run,
-    atomic_path,
     collect,
     put,
     run_dir,
