@@ -17,18 +17,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
+from .checks import Count, Seed, checked, choices
 from .errors import LabError
 from .esd import CONTROLS, RESHAPES, esd, mp_edge, randomise, spectra
 from .layers import Layer, layers
 from .statedict import read_state_dict
-from .tailfit import RULES, Fit, choose, fit_alpha
+from .tailfit import RULES, Fit, fit_alpha
 
 __all__ = [
     "AUTHORS_FROZEN", "CONTROLS", "RESHAPES", "RULES", "AuthorsComparison", "Fit", "Spectrum",
@@ -46,13 +46,14 @@ AUTHORS_FROZEN = tuple(
 )
 
 
+@checked
 def layer_alphas(
     model: nn.Module | Mapping[str, Tensor],
-    reshape: str = "slices",
-    rule: str = "csn",
-    control: str | None = None,
-    bootstrap: int = 0,
-    seed: int = 0,
+    reshape: Annotated[str, RESHAPES] = "slices",
+    rule: Annotated[str, RULES] = "csn",
+    control: Annotated[str, CONTROLS] | None = None,
+    bootstrap: Count = 0,
+    seed: Seed = 0,
     exclude: Sequence[str] = (),
     progress: Callable = iter,
 ) -> pd.DataFrame:
@@ -77,13 +78,8 @@ def layer_alphas(
         "small tail" marks a fit on fewer than 20 values: it counts, but look at its sigma.
     Raises:
         LabError: unknown reshape, rule or control; a bootstrap or seed that is no whole number
-            from 0 up; nothing to analyse.
+            from 0 up; an `exclude` that is no list, or names no layer; nothing to analyse.
     """
-    choose("rule", rule, RULES)
-    if not isinstance(bootstrap, Integral) or bootstrap < 0:
-        raise LabError(f"bootstrap={bootstrap} replicates; use 0 for none, or about 100")
-    if not isinstance(seed, Integral) or seed < 0:
-        raise LabError(f"seed={seed}; use a whole number from 0 up")
     found = _included(model, exclude)
     eigs = spectra(found, reshape, progress=progress)
     noise = spectra(found, reshape, control, seed, progress) if control else [None] * len(found)
@@ -134,8 +130,10 @@ class Spectrum(NamedTuple):
     edge: float  # upper Marchenko-Pastur edge
 
 
-def layer_spectra(model: nn.Module | Mapping[str, Tensor], reshape: str = "slices",
-                  control: str | None = "permute", seed: int = 0,
+@checked
+def layer_spectra(model: nn.Module | Mapping[str, Tensor],
+                  reshape: Annotated[str, RESHAPES] = "slices",
+                  control: Annotated[str, CONTROLS] | None = "permute", seed: Seed = 0,
                   exclude: Sequence[str] = ()) -> dict[str, Spectrum]:
     """The spectra behind :func:`layer_alphas`, by layer name; layers without one are left out."""
     found = _included(model, exclude)
@@ -149,13 +147,22 @@ def layer_spectra(model: nn.Module | Mapping[str, Tensor], reshape: str = "slice
 
 
 def _included(model: nn.Module | Mapping[str, Tensor], exclude: Sequence[str]) -> list[Layer]:
-    found = [x for x in layers(model) if not any(
-        x.name == e or x.name.startswith(f"{e.removesuffix('.')}.") for e in exclude)]
+    found, parts = layers(model), {}  # by name, and by all that a name is below
+    for layer in found:
+        for name in itertools.accumulate(layer.name.split("."), "{}.{}".format):
+            parts.setdefault(name, []).append(layer)
+    for name in exclude:
+        if name.removesuffix(".") not in parts:
+            top = dict.fromkeys(layer.name.split(".")[0] for layer in found)
+            raise LabError(f"exclude={name!r} is no layer and no part{choices(name, parts, top)}")
+    left_out = {layer.name for name in exclude for layer in parts[name.removesuffix(".")]}
+    found = [layer for layer in found if layer.name not in left_out]
     if not found:
         raise LabError("no weight with two or more axes in this model; nothing to analyse")
     return found
 
 
+@checked
 def sensitivity(model: nn.Module | Mapping[str, Tensor], reshapes: Sequence[str] = RESHAPES,
                 rules: Sequence[str] = RULES, exclude: Sequence[str] = ()) -> pd.DataFrame:
     """How much the choice of reshape and rule moves the ranking: every ordered pair of choices.

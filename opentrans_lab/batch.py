@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .errors import LabError
+from .checks import Duration, Positive, checked
 from .fingerprint import looking_once
 from .grids import Job
 from .job import RunResult, run_job
@@ -34,11 +34,12 @@ def run_notebook(
     return run_job(Job(Path(path), parameters or {}), time.time() if force else None)
 
 
+@checked
 def run_grid(
     jobs: Sequence[Job | tuple[Path, dict]],
     force: bool = False,
-    deadline: float | None = None,
-    workers: int = 1,
+    deadline: Duration | None = None,
+    workers: Positive = 1,
     scheduler: str = "",
 ) -> list[RunResult]:
     """Run ``jobs``, say how each went, and go on when one fails.
@@ -57,10 +58,6 @@ def run_grid(
         LabError: an unknown notebook or parameter in any job, or a folder of runs that cannot be
             written, before the first one is run; a scheduler that does not answer.
     """
-    if workers < 1:
-        raise LabError(f"--workers {workers} must be 1 or more")
-    if deadline is not None:
-        check_minutes(deadline)
     once: dict[Path, Job] = {}
     begun = time.time()
     with looking_once():
@@ -94,12 +91,6 @@ def run_grid(
     ]
     _summary(results, time.time() - begun)
     return results
-
-
-def check_minutes(minutes: float) -> None:
-    """Refuse a deadline that is none."""
-    if not minutes >= 0:
-        raise LabError(f"{minutes} minutes must be 0 or more")
 
 
 def _run_here(

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .batch import check_minutes, run_grid, run_notebook
+from .batch import run_grid, run_notebook
+from .checks import Duration, Positive, checked
 from .fingerprint import looking_once
 from .grids import Job, find_notebook, load_grid
 from .job import RunResult
@@ -67,8 +68,9 @@ def outlook(jobs: Sequence[Job]) -> str:
     return f"{told}; the others take one device about {duration(seconds)} at the speed so far"
 
 
+@checked
 def campaign(
-    grid: Path, minutes: float, workers: int = 1, scheduler: str = ""
+    grid: Path, minutes: Duration, workers: Positive = 1, scheduler: str = ""
 ) -> tuple[list[RunResult], Path]:
     """Run ``grid`` for some minutes, publish what has finished, and write the tables and report.
 
@@ -81,7 +83,6 @@ def campaign(
     Raises:
         LabError: as ``batch.run_grid``.
     """
-    check_minutes(minutes)
     remedy = "set the variable OPENTRANS_RESULTS to a folder that can"
     writable_folder(results_root(), "the folder of published runs", remedy)
     jobs = load_grid(grid)

@@ -5,7 +5,6 @@ Each command imports what it needs when it runs, so that ``--help`` answers at o
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from tyro.conf import (
 from tyro.conf import subcommand as named
 
 from . import __version__
+from .checks import Factor, check
 from .commands import (
     AlphaCommand,
     CostCommand,
@@ -36,6 +36,7 @@ from .errors import LabError
 from .outputs import at_home
 
 Parameters = UseAppendAction[tuple[tuple[str, str], ...]]
+REPEATED = ("--parameter", "--exclude")  # options that may be given more than once
 
 
 @dataclass
@@ -69,6 +70,9 @@ class RunCommand:
             )
         if self.workers != 1 or self.scheduler:
             raise LabError(f"--workers and --scheduler go with a grid, not with {self.target}")
+        names = [name for name, _ in self.parameters]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise LabError(f"-p {twice[0]} is there twice; give it once, or write a grid of runs")
         result = run_notebook(self.target, dict(self.parameters), self.force)
         if result.users:
             raise LabError(result.error)
@@ -82,7 +86,7 @@ class PlanCommand:
 
     grid: Positional[Path]
     """Such as notebooks/grids/paper.yaml; what has finished is not counted."""
-    images_per_second: float = 0.0
+    images_per_second: Factor = 0.0
     """Training pictures that one device does in a second, with the grid's first framework; 0
     measures it here."""
     out: Path | None = None
@@ -94,8 +98,6 @@ class PlanCommand:
         from .work import step_macs
 
         speed, how = self.images_per_second, "as given"
-        if not 0 <= speed < math.inf:
-            raise LabError(f"--images-per-second {speed} must be a number above 0")
         check_out(self.out)
         jobs = load_grid(self.grid)
         work = reference(jobs)
@@ -220,6 +222,13 @@ def _expand(command: object) -> None:
             _expand(value)
 
 
+def _once(args: list[str]) -> None:
+    options = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    for option in set(options).difference(REPEATED):
+        if options.count(option) > 1:
+            raise LabError(f"{option} is there twice, and only one could count; give it once")
+
+
 def _exit_code(results: list) -> int:
     failed = [result for result in results if result.status == "failed"]
     return 0 if not failed else 2 if all(result.users for result in failed) else 1
@@ -242,6 +251,8 @@ def main(args: list[str] | None = None) -> None:
     )
     try:
         _expand(command)
+        _once(args)
+        check(command)
         code = command()
     except LabError as error:
         print(f"opentrans-lab: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, UseAppendAction
 from tyro.conf import subcommand as named
 
+from .checks import Count, Seed
 from .errors import LabError
 from .outputs import PICTURES, TABLES, keep, writable
 
@@ -50,9 +51,9 @@ class AlphaCommand:
     """Where the tail begins: csn, mid, peak or peak_official."""
     control: str | None = None
     """Also fit randomised weights: permute or gaussian."""
-    bootstrap: int = 0
+    bootstrap: Count = 0
     """Replicates for the freeze probability (100 is plenty)."""
-    seed: int = 0
+    seed: Seed = 0
     exclude: UseAppendAction[tuple[str, ...]] = ()
     """Leave out a layer or all below a name ("attnpool", as the notebooks do); repeat for more."""
     compare: str | None = None

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from . import scenes
 from .benchmarks import BENCHMARKS, BenchmarkFiles, benchmark_places
+from .checks import Count, checked, choose
 from .device import pick
-from .errors import LabError
 from .files import unreadable
 from .layouts import CocoPanoptic, Folder
 from .loader import Batch, Dataset, check_split
@@ -23,14 +24,15 @@ from .scenes import IGNORE
 __all__ = ["DATASETS", "IGNORE", "Batch", "Dataset", "Scenes", "load_dataset"]
 
 
+@checked
 def load_dataset(
     dataset: str,
     split: str = "train",
     data_root: str | Path | None = None,
-    size: int | None = None,
-    limit: int | None = None,
+    size: Count | None = None,
+    limit: Count | None = None,
     jitter: bool = False,
-    on_error: str = "raise",
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> Dataset:
     """Open one split of a data set by its key in ``DATASETS``.
 
@@ -51,13 +53,7 @@ def load_dataset(
     Raises:
         LabError: unknown data set or split, or files that are missing or contradict each other.
     """
-    if dataset not in DATASETS:
-        raise LabError(f"unknown dataset {dataset!r}; valid: {', '.join(DATASETS)}")
-    for name, value in {"size": size, "limit": limit}.items():
-        if value and value < 0:
-            raise LabError(f"{name}={value} must be positive, or 0 for the default")
-    if on_error not in ("raise", "skip"):
-        raise LabError(f"unknown on_error={on_error!r}; use 'raise' or 'skip'")
+    choose("dataset", dataset, DATASETS)
     try:
         data = DATASETS[dataset](split, data_root or None, size or None, limit or None)
     except OSError as error:

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import torch
 
+from .checks import choose
 from .errors import LabError
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -38,8 +39,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     Raises:
         LabError: an unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise LabError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
+    choose("precision", precision, PRECISIONS)
     return precision == "bf16" or (precision == "auto" and _bf16_pays(device))
 
 

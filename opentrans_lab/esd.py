@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import choose
 from .errors import LabError
 from .layers import Layer, unfit
-from .tailfit import choose
 
 RESHAPES = ("slices", "flatten", "fft")
 CONTROLS = ("permute", "gaussian")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 import torch
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checks import Must, Positive, checked
 from .data import IGNORE, Batch, Dataset
 from .device import pick
 from .errors import LabError
@@ -32,6 +34,9 @@ from .text import ClassNames
 PIECE = 2**25  # upsampled scores that are held at a time (128 MB)
 SCORES = 2**26  # scores of a model, at stride 4
 SAVE_SECONDS = 30.0  # between saves of the progress
+Window = Annotated[
+    int, Must("a multiple of 4, or 0 for whole pictures", lambda n: n >= 0 and n % 4 == 0)
+]
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,14 @@ def predict(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return winner
 
 
+@checked
 def evaluate(
     model: nn.Module,
     dataset: Dataset,
-    batch_size: int = 16,
+    batch_size: Positive = 16,
     device: str | torch.device = "auto",
     progress: bool = True,
-    window: int = 0,
+    window: Window = 0,
     out: Path | None = None,
 ) -> Evaluation:
     """Segment a whole split over its vocabulary and count, at the labels' own resolution.
@@ -126,9 +132,6 @@ def evaluate(
         LabError: a sample that cannot be read (unless ``dataset.on_error`` is ``"skip"``), or
             ``out`` holds the progress of another evaluation.
     """
-    if window % 4 or window < 0 or batch_size < 1:
-        raise LabError(f"window={window} must be a multiple of 4, or 0 for whole pictures, and "
-                       f"batch_size={batch_size} 1 or more")  # fmt: skip
     device, share, n_classes = pick(device), together(), len(dataset.names)
     about = {
         "data": dataset.title, "names": list(dataset.names), "size": dataset.size or 0,

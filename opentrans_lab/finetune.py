@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from .errors import LabError
+from .checks import Seed, Share, checked
 from .tower import FIRST, locate
 
 SELECTIONS = ("none", "low_alpha", "high_alpha", "random", "prefix")
@@ -23,8 +24,12 @@ STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 _FUSED = {"in_proj": "_weight", "qkv": ".weight"}  # one tensor of q, k and v; a spectrum each
 
 
+@checked
 def select_layers(
-    alphas: pd.DataFrame, select: str = "low_alpha", fraction: float = 0.5, seed: int = 0
+    alphas: pd.DataFrame,
+    select: Annotated[str, SELECTIONS] = "low_alpha",
+    fraction: Share = 0.5,
+    seed: Seed = 0,
 ) -> list[str]:
     """Names of the layers to freeze, in the table's order.
 
@@ -44,10 +49,6 @@ def select_layers(
     Raises:
         LabError: unknown ``select``, or ``fraction`` outside [0, 1].
     """
-    if select not in SELECTIONS:
-        raise LabError(f"unknown select={select!r}; use one of {', '.join(SELECTIONS)}")
-    if not 0 <= fraction <= 1:
-        raise LabError(f"fraction={fraction} must lie between 0 and 1")
     if select == "none":
         return []
     alphas = alphas.assign(alpha=alphas["alpha"].where(np.isfinite(alphas["alpha"])))
@@ -81,6 +82,7 @@ def _leading_stages(alphas: pd.DataFrame, frozen: set[str]) -> list[str]:
     return found
 
 
+@checked
 def freeze(model: nn.Module, names: Iterable[str], norm: bool = False) -> int:
     """Stop training the weights of these layers; returns how many weights that freezes.
 

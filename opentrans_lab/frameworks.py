@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from .backbone import Backbone
+from .checks import choose
 from .errors import LabError
 from .heads.deeplabv3 import DeepLabV3
 from .heads.fcclip import FCCLIP
@@ -30,8 +31,7 @@ def build(framework: str, backbone: Backbone, preset: str = "mini", **options) -
     Raises:
         LabError: unknown framework or preset, or a backbone that belongs to a model already.
     """
-    if framework not in FRAMEWORKS:
-        raise LabError(f"unknown framework {framework!r}; use one of {', '.join(FRAMEWORKS)}")
+    choose("framework", framework, FRAMEWORKS)
     if owner := backbone.__dict__.get("_owner"):
         raise LabError(
             f"this backbone is part of a model of {owner!r} already, which has changed it; load "

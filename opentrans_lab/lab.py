@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock, Timeout
 
 from .backbone import Backbone, load_backbone
+from .checks import Must, Positive, check
 from .data import load_dataset
-from .errors import LabError, OutOfTime, deadline
+from .errors import OutOfTime, deadline
 from .files import entries
 from .outputs import atomic_path
 from .results import run_key, runs_root, writable_runs
@@ -32,18 +34,17 @@ class Lab:
     """open_clip tag or path of the CLIP weights; empty for the mini CLIP."""
     dataset: str = "scenes"
     data_root: str = ""
-    size: int = 128
+    size: Annotated[int, Must("32 or more", lambda pixels: pixels >= 32)] = 128
     """Side of the training pictures in pixels (the paper: 512)."""
     device: str = "auto"
     jitter: bool = False
     """Large-scale jitter of the training pictures (data sets on disk)."""
-    devices: int = 1
+    devices: Positive = 1
     """Processes that share each batch of a fine-tuning: GPUs of this machine, or parts of its
     CPU."""
 
     def __post_init__(self) -> None:
-        if self.devices < 1:
-            raise LabError(f"devices={self.devices} must be 1 or more")
+        check(self)
         for name, value in absolute(vars(self)).items():  # a lab is where it was made
             object.__setattr__(self, name, value)
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import masks_to_boxes, roi_align
 
-from .errors import LabError
+from .checks import choose
 from .processes import Chance, gathered, shared_mean
 
 GREY = 0.5
+TERMS, MEANS = ("both", "plain", "text"), ("joint", "two")  # of L_KD, see ``kd_loss``
 
 
 def region_images(masks: list[Tensor]) -> Tensor:
@@ -104,8 +105,8 @@ def kd_loss(
     Raises:
         LabError: unknown ``terms`` or ``mean``.
     """
-    if terms not in ("both", "plain", "text") or mean not in ("joint", "two"):
-        raise LabError(f"unknown terms={terms!r} or mean={mean!r}: both|plain|text and joint|two")
+    choose("terms", terms, TERMS)
+    choose("mean", mean, MEANS)
     with torch.autocast(student.device.type, enabled=False):  # differences of near-equal numbers
         student, teacher, text = student.float(), teacher.float(), text.float()
         plain = (student - teacher).square().sum(1)  # (R,)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
+from .checks import Count, Positive, checked
 from .data import load_dataset
 from .device import pick
 from .errors import LabError
-from .evaluate import evaluate
+from .evaluate import Window, evaluate
 from .outputs import writable_folder
 from .panoptic import evaluate_panoptic
 from .picture import open_model
@@ -32,16 +34,17 @@ class Measured:
         return self.text
 
 
+@checked
 def measure(
     model: Path,
     dataset: str = "scenes",
     root: Path | None = None,
     split: str = "val",
-    size: int = 0,
-    window: int = 0,
-    images: int = 0,
-    batch_size: int = 4,
-    on_error: str = "raise",
+    size: Count = 0,
+    window: Window = 0,
+    images: Count = 0,
+    batch_size: Positive = 4,
+    on_error: Literal["raise", "skip"] = "raise",
     panoptic: bool = False,
     checkpoint: Path | None = None,
     device: str = "auto",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import scenes
 from .backbone import MINI, Backbone, build_mini, embed, load_backbone, mini_tokenizer
+from .checks import Positive, Rate, Seed, Share, check
 from .device import pick
 from .outputs import atomic_path, writable_folder
 from .results import runs_root
@@ -32,14 +33,17 @@ SEED_WORLD = 7_000_000  # pretraining scenes share no index space with segmentat
 class MiniConfig:
     """How the shipped weights were trained."""
 
-    steps: int = 1000
+    steps: Positive = 1000
     """Updates in all."""
-    crops: float = 0.7
+    crops: Share = 0.7
     """Share of the steps on 64 px crops; the rest sees 128 px scenes."""
-    batch_size: int = 256
+    batch_size: Positive = 256
     """Image-caption pairs an update."""
-    lr: float = 1e-3
-    seed: int = 0
+    lr: Rate = 1e-3
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class Contrast(nn.Module):

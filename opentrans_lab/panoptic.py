@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checks import Positive, checked
 from .data import Dataset
 from .device import pick
 from .errors import LabError
@@ -96,10 +97,11 @@ def summarise(counts: Tensor, names: tuple[str, ...], things: Tensor) -> Panopti
     )  # fmt: skip
 
 
+@checked
 def evaluate_panoptic(
     model: nn.Module,
     dataset: Dataset,
-    batch_size: int = 8,
+    batch_size: Positive = 8,
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> PanopticQuality:
@@ -114,8 +116,6 @@ def evaluate_panoptic(
             f"{dataset.title}: no panoptic quality, since its labels do not tell two things of a "
             "class apart; use coco or scenes"
         )
-    if batch_size < 1:
-        raise LabError(f"batch_size={batch_size} must be 1 or more")
     device, n_classes = pick(device), len(dataset.names)
     counts = torch.zeros(n_classes, len(COLUMNS), dtype=torch.float64)
     bar = tqdm(total=len(dataset), desc="panoptic", unit="image", disable=not progress, leave=False)

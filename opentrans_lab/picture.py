@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import pictures
 from .backbone import load_backbone
+from .checks import choose
 from .device import pick
 from .errors import LabError
 from .evaluate import evaluating, predict
@@ -93,8 +94,7 @@ def segment(
     """
     class_names = list(class_names) if isinstance(class_names, Iterator) else class_names
     names = checked_names(class_names)
-    if framework not in FRAMEWORKS:
-        raise LabError(f"unknown framework {framework!r}; use one of {', '.join(FRAMEWORKS)}")
+    choose("framework", framework, FRAMEWORKS)
     picture = read_picture(image)
     where, source = pick(device), type(model).__name__
     if not isinstance(model, nn.Module):

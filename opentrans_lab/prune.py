@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 import torch
@@ -22,8 +23,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backbone import Backbone, frozen_copy
+from .checks import Count, Part, Positive, Rate, Seed, check
 from .errors import LabError
-from .losses import cap_regions, class_loss, crop_regions, kd_loss, pool_regions, region_images
+from .losses import (
+    MEANS,
+    TERMS,
+    cap_regions,
+    class_loss,
+    crop_regions,
+    kd_loss,
+    pool_regions,
+    region_images,
+)
 from .masks import Mask
 from .outputs import atomic_path, writable_folder
 from .processes import Chance
@@ -32,48 +43,38 @@ from .text import first_names
 from .tower import prunable
 from .train import TrainConfig, fit
 
-TERMS = ("both", "plain", "text", "class")
-
 
 @dataclass(frozen=True)
 class PruneConfig:
     """Algorithm 1's parameters; the defaults are the paper's."""
 
-    density: float = 0.1
+    density: Part = 0.1
     """Fraction of weights to keep in the end (the paper's s)."""
-    p: float = 0.1
+    p: Part = 0.1
     """Fraction of the remaining weights that a round prunes."""
-    steps: int = 5000
+    steps: Positive = 5000
     """t, the L_KD steps before each pruning."""
-    batch_size: int = 28
-    lr: float = 1e-4
+    batch_size: Positive = 28
+    lr: Rate = 1e-4
     """Constant."""
-    terms: str = "both"
+    terms: Annotated[str, (*TERMS, "class")] = "both"
     """Terms of L_KD: ``"both"``, ``"plain"``, ``"text"``. ``"class"`` is no distillation but
     supervision by class labels, which the paper argues against: the ablation's peer."""
-    mean: str = "joint"
+    mean: Annotated[str, MEANS] = "joint"
     """How the terms are averaged, see ``kd_loss``."""
-    dense_steps: int = 0
+    dense_steps: Count = 0
     """Steps of the same loss before the first round, on the unpruned tower (Algorithm 1's
     pre-training; a pretrained CLIP can do without)."""
     rewind: bool = False
     """Put the surviving weights (and BN statistics) back to where round 1 started from after each
     pruning, as lottery tickets do, the last one included; by default training goes on from where
     it is, as in the authors' code."""
-    checkpoint_every: int = 200
+    checkpoint_every: Positive = 200
     """Steps between checkpoints within a round."""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if not (0 < self.density < 1 and 0 < self.p < 1):
-            raise LabError(f"density={self.density} and p={self.p} must lie between 0 and 1")
-        if min(self.steps, self.batch_size, self.checkpoint_every) < 1 or self.dense_steps < 0:
-            raise LabError(
-                f"steps={self.steps}, batch_size={self.batch_size} and checkpoint_every="
-                f"{self.checkpoint_every} must be 1 or more, dense_steps={self.dense_steps} >= 0"
-            )
-        if self.terms not in TERMS:
-            raise LabError(f"unknown terms={self.terms!r}; use one of {', '.join(TERMS)}")
+        check(self)
 
     @property
     def rounds(self) -> int:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -19,22 +20,24 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm.auto import tqdm
 
+from .checks import Positive, checked
 from .cost import training_cost
-from .device import pick, use_bf16
+from .device import PRECISIONS, pick, use_bf16
 from .finetune import freeze, unfreeze
 from .train import Batch, to_device
 
 COLUMNS = ("step_s", "images_per_second", "memory_MB", "energy_J")
 
 
+@checked
 def step_costs(
     model: nn.Module,
     objective: Callable[[Batch], dict[str, Tensor]],
     batch: Batch,
     frozen: Mapping[str, Sequence[str]],
-    repeats: int = 5,
+    repeats: Positive = 5,
     device: str | torch.device = "auto",
-    precision: str = "auto",
+    precision: Annotated[str, PRECISIONS] = "auto",
 ) -> pd.DataFrame:
     """Time whole training steps (forward, backward, AdamW) on one batch, selection by selection.
 

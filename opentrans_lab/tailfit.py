@@ -9,18 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from .errors import LabError
+from .checks import choose
 
 RULES = ("csn", "mid", "peak", "peak_official")
 ROUNDING = 1e-5  # a tail whose logarithms differ less is one value, computed in float32
 SMALL_TAIL = 20  # below it sigma is rough and the layer is flagged, but still ranked
-
-
-def choose(name: str, value: str, valid: Sequence[str]) -> str:
-    """`value` if it is one of `valid`, else a LabError that lists them."""
-    if value not in valid:
-        raise LabError(f"{name} {value!r} is unknown; use one of {', '.join(valid)}")
-    return value
 
 
 @dataclass(frozen=True, slots=True)

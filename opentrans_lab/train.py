@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 import torch
@@ -24,12 +25,14 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .device import pick, seed_everything, use_bf16
+from .checks import Count, Factor, Positive, Seed, check
+from .device import PRECISIONS, pick, seed_everything, use_bf16
 from .errors import LabError, OutOfTime, deadline
 from .masks import Mask
 from .outputs import writable_folder
 from .processes import average, picture_seeds, same_buffers
 
+SCHEDULES = ("constant", "cosine")
 Batch = dict
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
@@ -38,31 +41,30 @@ Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 class TrainConfig:
     """How to train. Learning rates are AdamW's; steps are optimiser updates."""
 
-    steps: int
+    steps: Positive
     """Number of updates in all."""
-    batch_size: int = 16
+    batch_size: Positive = 16
     """Images an update, over all processes."""
-    lr: float = 1e-4
+    lr: Factor = 1e-4
     """Peak learning rate."""
-    backbone_lr: float = 1.0
+    backbone_lr: Factor = 1.0
     """Multiplier of ``lr`` for parameters under ``backbone.``."""
-    weight_decay: float = 0.05
+    weight_decay: Factor = 0.05
     """Of matrices and convolutions; vectors (BN, biases, scalars) have none."""
-    schedule: str = "constant"
+    schedule: Annotated[str, SCHEDULES] = "constant"
     """``"constant"`` or ``"cosine"`` (to zero at the last step)."""
-    warmup: int = 0
+    warmup: Count = 0
     """Steps of linear warm-up before the schedule."""
-    clip_grad: float = 1.0
+    clip_grad: Factor = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    precision: str = "auto"
+    precision: Annotated[str, PRECISIONS] = "auto"
     """``"bf16"`` (autocast), ``"fp32"``, or ``"auto"``: bf16 where the hardware has it."""
-    seed: int = 0
-    checkpoint_every: int = 200
+    seed: Seed = 0
+    checkpoint_every: Positive = 200
     """Steps between checkpoints (with an ``out`` folder)."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise LabError(f"steps={self.steps} and batch_size={self.batch_size} must be 1 or more")
+        check(self)
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate at ``step``: a function of the step alone."""
@@ -70,10 +72,8 @@ class TrainConfig:
             return (step + 1) / (self.warmup + 1)
         if self.schedule == "constant":
             return 1.0
-        if self.schedule == "cosine":
-            done = (step - self.warmup) / max(1, self.steps - self.warmup)
-            return 0.5 * (1 + math.cos(math.pi * done))
-        raise LabError(f"unknown schedule {self.schedule!r}; use 'constant' or 'cosine'")
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass

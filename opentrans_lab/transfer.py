@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from .backbone import Backbone
-from .errors import LabError
+from .checks import choose
 from .masks import Mask
 
 ROWS = {
@@ -48,8 +48,7 @@ def row_mask(
     Raises:
         LabError: unknown row.
     """
-    if row not in ROWS:
-        raise LabError(f"unknown row {row!r}; use one of {', '.join(ROWS)}")
+    choose("row", row, ROWS)
     makers: dict[str, Callable[[], Mask | None]] = {
         "dense": lambda: None,
         "oneshot": lambda: Mask.by_magnitude(backbone.visual, ours.kept),

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from torch import nn
 
 from .alpha import RESHAPES, RULES, layer_alphas
+from .checks import Count, Factor, Must, Positive, Rate, Seed, Share, check
 from .cost import cost
 from .device import PRECISIONS, seed_everything
 from .errors import LabError
@@ -30,80 +31,54 @@ from .stages import row_start, save_weights
 from .train import TrainConfig, fit
 from .transfer import ROWS, recalibrate
 
+NORMS = ("train", "eval", "recalibrated")
+
 
 @dataclass(frozen=True)
 class Recipe:
     """One fine-tuning of one framework."""
 
-    framework: str = "deeplabv3"
-    preset: str = "mini"
-    row: str = "dense"
+    framework: Annotated[str, FRAMEWORKS] = "deeplabv3"
+    preset: Annotated[str, PRESETS] = "mini"
+    row: Annotated[str, ROWS] = "dense"
     """Which weights and mask to start from, see ``transfer.ROWS``."""
-    select: str = "none"
+    select: Annotated[str, SELECTIONS] = "none"
     """Layers to freeze after the warm-up, see ``finetune.SELECTIONS``."""
-    fraction: float = 0.5
+    fraction: Share = 0.5
     """Share of the layers to freeze."""
     prefix: str = ""
     """Stages that select="prefix" freezes, such as "stem layer1"; empty: as far as alpha allows."""
-    reshape: str = "slices"
-    rule: str = "csn"
-    warmup: float = 0.2
+    reshape: Annotated[str, RESHAPES] = "slices"
+    rule: Annotated[str, RULES] = "csn"
+    warmup: Annotated[float, Must("0 or more and less than 1", lambda x: 0 <= x < 1)] = 0.2
     """Share of the steps before alpha is measured and layers are frozen (the paper: 10^4 of
     5·10^4)."""
-    reselect: int = 0
+    reselect: Count = 0
     """Steps after which alpha is measured and layers are chosen again; 0: once for all."""
-    norm: str = "train"
+    norm: Annotated[str, NORMS] = "train"
     """``"eval"`` leaves all batch normalisation on its running statistics; ``"recalibrated"``
     estimates those of the tower anew under the row's mask and then trains as ``"train"`` does: for
     a frozen CLIP, whose statistics would otherwise be those of before the last pruning."""
-    precision: str = "auto"
+    precision: Annotated[str, PRECISIONS] = "auto"
     """See ``train.TrainConfig``."""
-    steps: int = 100
-    batch_size: int = 16
-    lr: float = 1e-3
-    backbone_lr: float = 0.1
+    steps: Positive = 100
+    batch_size: Annotated[int, Must("2 or more", lambda n: n >= 2)] = 16
+    """Batch normalisation needs two images."""
+    lr: Rate = 1e-3
+    backbone_lr: Factor = 0.1
     """Multiplier of ``lr`` for the backbone; 0 leaves FC-CLIP's frozen, BN included, as its authors
     do."""
-    images: int = 0
+    images: Count = 0
     """Fixed training images; 0: all of the data set, for scenes without end."""
-    eval_images: int = 128
+    eval_images: Count = 128
     """Images of each evaluation split; 0: all."""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         """Refuse a mistyped word or an impossible number now, and not after the training."""
-        counts = ("reselect", "images", "eval_images")
-        if wrong := [n for n in counts if getattr(self, n) < 0]:
-            raise LabError(f"{wrong[0]}={getattr(self, wrong[0])} must be 0 or more")
-        if not 0 <= self.fraction <= 1:
-            raise LabError(f"fraction={self.fraction} must lie between 0 and 1")
-        if not (0 < self.lr < math.inf and 0 <= self.backbone_lr < math.inf):
-            raise LabError(
-                f"lr={self.lr} must be more than 0 and backbone_lr={self.backbone_lr} 0 or more"
-            )
-        if not 0 <= self.warmup < 1 or self.steps < 1 or self.batch_size < 2:
-            raise LabError(
-                f"warmup={self.warmup} must lie in [0, 1), steps={self.steps} be 1 or more, "
-                f"and batch_size={self.batch_size} 2 or more "
-                "(batch normalisation needs two images)"
-            )
+        check(self)
         if unknown := set(self.prefix.split()).difference(STAGES):
             raise LabError(f"unknown prefix={unknown.pop()!r}; use some of {', '.join(STAGES)}")
-        words = {
-            "framework": FRAMEWORKS,
-            "preset": PRESETS,
-            "row": ROWS,
-            "select": SELECTIONS,
-            "reshape": RESHAPES,
-            "rule": RULES,
-            "norm": ("train", "eval", "recalibrated"),
-            "precision": PRECISIONS,
-        }
-        for name, valid in words.items():
-            if getattr(self, name) not in valid:
-                raise LabError(
-                    f"unknown {name}={getattr(self, name)!r}; use one of {', '.join(valid)}"
-                )
 
 
 def fine_tune(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> dict:

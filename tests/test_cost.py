@@ -302,7 +302,7 @@ def test_malformed_sizes(size):
 
 
 def test_unknown_frameworks_backbones_layers_and_foreign_masks():
-    with pytest.raises(LabError, match="unknown framework 'segformer'"):
+    with pytest.raises(LabError, match="unknown framework='segformer'"):
         cost("segformer", "64x64")
     with pytest.raises(LabError, match="backbone 'RN51' is unknown"):
         cost("deeplabv3", "64x64", backbone="RN51")

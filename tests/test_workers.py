@@ -351,5 +351,5 @@ def test_workers_share_gpus_and_cores(monkeypatch, environment):
 
 
 def test_zero_workers_are_refused(tmp_path, runs, write_notebook):
-    with pytest.raises(LabError, match="--workers 0 must be 1 or more"):
+    with pytest.raises(LabError, match="workers=0 must be 1 or more"):
         run_grid([Job(write_notebook(tmp_path / "01_tiny.ipynb", SAVE), {})], workers=0)

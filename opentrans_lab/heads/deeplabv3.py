@@ -12,6 +12,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
 from ..backbone import Backbone
+from ..checks import choose
 from ..errors import LabError
 from ..processes import shared_mean
 from ..scenes import IGNORE
@@ -60,10 +61,8 @@ class DeepLabV3(nn.Module):
         decoder: str = "none",
     ) -> None:
         super().__init__()
-        if preset not in PRESETS:
-            raise LabError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
-        if decoder not in DECODERS:
-            raise LabError(f"unknown decoder={decoder!r}; use one of {', '.join(DECODERS)}")
+        choose("preset", preset, PRESETS)
+        choose("decoder", decoder, DECODERS)
         self.preset = PRESETS[preset]
         self.backbone = backbone
         set_output_stride(backbone.visual, output_stride)

@@ -11,7 +11,7 @@ from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 
 from ..backbone import Backbone
-from ..errors import LabError
+from ..checks import choose
 from ..processes import Chance
 from ..text import ClassNames, best_name, flat_names
 from .mask2former import MaskFramework, Preset, full_precision, regions
@@ -58,10 +58,8 @@ class FCCLIP(MaskFramework):
         clip: str = "frozen",
         seen_names: ClassNames | None = None,
     ) -> None:
-        if preset not in PRESETS:
-            raise LabError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
-        if clip not in CLIP:
-            raise LabError(f"unknown clip={clip!r}; use one of {', '.join(CLIP)}")
+        choose("preset", preset, PRESETS)
+        choose("clip", clip, CLIP)
         super().__init__(backbone, PRESETS[preset])
         dim = self.preset.dim
         self.pooled = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import Backbone, frozen_copy
-from ..errors import LabError
+from ..checks import choose
 from ..losses import cap_regions, crop_regions, kd_loss, region_images
 from ..processes import Chance
 from ..text import ClassNames, first_names
@@ -47,8 +47,7 @@ class Han(MaskFramework):
     def __init__(
         self, backbone: Backbone, preset: str = "paper", teacher: Backbone | None = None
     ) -> None:
-        if preset not in PRESETS:
-            raise LabError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
+        choose("preset", preset, PRESETS)
         super().__init__(backbone, PRESETS[preset])
         self.class_embed = nn.Linear(self.preset.dim, self.preset.dim)
         self.project = nn.Linear(self.preset.dim, backbone.embed_dim)
