@@ -5,19 +5,15 @@ A mistyped parameter would only make papermill warn; here it is an error that li
 
 from __future__ import annotations
 
-import difflib
 import itertools
-from ast import literal_eval
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import nbformat
-import papermill
 import yaml
 
 from .errors import LabError
 from .files import shipped
+from .notebook import SWITCHES, defaults, given_in_types
 from .results import run_dir
 from .sources import absolute
 
@@ -45,32 +41,6 @@ class Job(NamedTuple):
         return run_dir(self.notebook.stem, self.full)
 
 
-def defaults(notebook: Path | str) -> dict:
-    """Names and default values of a notebook's ``parameters`` cell; empty where it has none.
-
-    Raises:
-        LabError: no such notebook, not a notebook, or a default that is no literal.
-    """
-    notebook = Path(notebook)
-    if not notebook.is_file():
-        near = sorted(p.name for p in notebook.parent.glob("*.ipynb"))
-        raise LabError(f"no notebook {notebook}" + (f"; there are: {', '.join(near)}" * bool(near)))
-    return dict(_defaults(notebook, notebook.stat().st_mtime_ns))
-
-
-@cache
-def _defaults(notebook: Path, changed: int) -> dict:
-    """Read once, as a grid asks for the same ones hundreds of times."""
-    try:
-        found = papermill.inspect_notebook(nbformat.read(notebook, as_version=4))
-    except (ValueError, KeyError) as error:
-        raise LabError(f"{notebook} is not a readable notebook ({error})") from error
-    try:
-        return {name: literal_eval(parameter["default"]) for name, parameter in found.items()}
-    except (ValueError, SyntaxError) as error:
-        raise LabError(f"{notebook}: its parameters cell must hold literals only") from error
-
-
 def complete(notebook: Path | str, given: dict) -> dict:
     """All parameters of a notebook: its defaults, with ``given`` in the defaults' types.
 
@@ -79,37 +49,7 @@ def complete(notebook: Path | str, given: dict) -> dict:
     Raises:
         LabError: an unknown name (with the valid ones) or a value of another type.
     """
-    known = defaults(notebook)
-    for name in given.keys() - known.keys():
-        raise LabError(f"{Path(notebook).name} has no parameter {name!r}{_choices(name, known)}")
-    typed = {name: _typed(name, value, known[name]) for name, value in given.items()}
-    return absolute(known | typed)
-
-
-def _choices(name: str, known: dict) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"{hint} valid names: {', '.join(known) or 'none'}"
-
-
-def _typed(name: str, value, default):
-    """``value`` (from a command line or YAML) in the type of the notebook's ``default``."""
-    kind = type(default)
-    if default is None or type(value) is kind:
-        return value
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if not isinstance(value, bool):
-            if kind is int and (isinstance(value, str) or value.is_integer()):
-                return int(value)
-            if kind is float or kind is str and isinstance(value, (int, float)):
-                return kind(value)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise LabError(
-        f"parameter {name!r} is of type {kind.__name__}, such as {default!r}, not {value!r}"
-    )
+    return absolute(defaults(notebook) | given_in_types(notebook, given))
 
 
 def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
@@ -134,7 +74,7 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
     """
     path = Path(path)
     try:
-        grid = yaml.load(path.read_bytes(), _OnceEach)
+        grid = yaml.load(path.read_bytes(), _Spelled)
     except OSError as error:
         raise LabError(f"no grid {path}; give a .yaml of notebooks/grids") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -143,7 +83,7 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
         raise LabError(f"{path} must hold `runs` and may hold `defaults` and `outermost`")
     shared = grid.get("defaults") or {}
     outermost = grid.get("outermost") or ""
-    kinds = isinstance(grid["runs"], list), _named(shared), isinstance(outermost, str)
+    kinds = isinstance(grid["runs"], list), isinstance(shared, dict), isinstance(outermost, str)
     if not all(kinds):
         raise LabError(
             f"{path}: `runs` must be a list, `defaults` a mapping of names to values, and "
@@ -163,12 +103,10 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
                 f"{path}: {entry!r} must hold `notebook` and may hold `parameters` and "
                 "`after_all`, or name another `grid`"
             )
-        if not _named(entry.get("parameters") or {}):
-            raise LabError(
-                f"{path}: `parameters` of {entry['notebook']} must map names to values (YAML reads "
-                "on, off, yes and no as no names: quote them)"
-            )
-        if not isinstance(entry.get("after_all", False), bool):
+        if not isinstance(entry.get("parameters") or {}, dict):
+            raise LabError(f"{path}: `parameters` of {entry['notebook']} must map names to values")
+        last = SWITCHES.get(str(entry.get("after_all", "no")).lower())
+        if last is None:
             raise LabError(f"{path}: `after_all` of {entry['notebook']} must be true or false")
         notebook = find_notebook(str(entry["notebook"]), path)
         known = defaults(notebook)
@@ -178,8 +116,8 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
             raise LabError(f"{path}: {empty[0]!r} of {entry['notebook']} is a list without values")
         lists = [v if isinstance(v, list) else [v] for v in given.values()]
         for values in itertools.product(*lists):
-            given_here = dict(zip(given, values, strict=True))
-            jobs.append(Job(notebook, given_here, bool(entry.get("after_all"))))
+            given_here = given_in_types(notebook, dict(zip(given, values, strict=True)))
+            jobs.append(Job(notebook, given_here, last))
     if unused := shared.keys() - used:
         raise LabError(
             f"{path}: no notebook that it names has the parameters {', '.join(sorted(unused))}; "
@@ -190,8 +128,13 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
     return jobs
 
 
-class _OnceEach(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice: PyYAML lets the last one win, and a sweep is lost."""
+class _Spelled(yaml.SafeLoader):
+    """Reads scalars as texts, as they are spelled: what is a number, the notebook's defaults say.
+
+    Refuses a key that a mapping has twice: PyYAML lets the last one win, and a sweep is lost.
+    """
+
+    yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # merging stays
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
@@ -202,10 +145,6 @@ class _OnceEach(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
             seen.add(name)
         return node
-
-
-def _named(parameters: object) -> bool:
-    return isinstance(parameters, dict) and all(isinstance(name, str) for name in parameters)
 
 
 def _regroup(jobs: list[Job], name: str, grid: Path) -> list[Job]:

@@ -31,7 +31,8 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import papermill_io
 
 from .errors import LabError
-from .grids import Job, defaults
+from .grids import Job
+from .notebook import code, defaults, place, read_notebook
 from .outputs import atomic_path, keep
 from .page import run_page
 from .results import ASIDE, STAGE, Run, load, plain, put, run_key, runs_root, writable_runs
@@ -154,13 +155,7 @@ def _log(result: RunResult) -> str:
 def _stale(notebook: Path, folder: Path) -> bool:
     """Whether ``notebook`` holds other code than the run that was made from it."""
     executed = folder / "executed.ipynb"
-    return executed.is_file() and _code(notebook) != _code(executed)
-
-
-def _code(notebook: Path) -> list[str]:
-    cells = nbformat.read(notebook, as_version=4).cells
-    own = (c for c in cells if "injected-parameters" not in c.metadata.get("tags", []))
-    return [cell.source for cell in own if cell.cell_type == "code"]
+    return executed.is_file() and code(notebook) != code(executed)
 
 
 def _wrong_record(notebook: Path, record: dict, params: dict, folder: Path) -> str:
@@ -195,7 +190,9 @@ def _kernels(told: dict[str, str], gone: Callable[[], bool]) -> type[AsyncKernel
         @property
         def kernel_spec(self) -> KernelSpec:
             # Its own log says only that it was interrupted, which is how kernels are ended.
-            command = get_kernel_dict(["--log-level=CRITICAL"])
+            # Left to itself, exit() would let the cells go on until the kernel is gone.
+            leave = "--IPKernelApp.exec_lines=get_ipython().ask_exit = __import__('sys').exit"
+            command = get_kernel_dict(["--log-level=CRITICAL", leave])
             return KernelSpec(resource_dir=RESOURCES, **command | {"env": told})
 
         async def _async_is_alive(self) -> bool:  # nbclient asks every second
@@ -213,9 +210,10 @@ def _execute(
 
     ``LabError`` is for the user to mend and ``OutOfTime`` no error; anything else is a bug.
     """
+    nbformat.write(read_notebook(notebook), output)  # with what papermill and others look for
     try:
-        papermill.execute_notebook(
-            notebook.resolve().as_uri(),
+        done = papermill.execute_notebook(
+            output.as_uri(),
             output.as_uri(),
             changed,
             kernel_name="python3",
@@ -227,8 +225,9 @@ def _execute(
     except PapermillExecutionError as error:
         if error.ename in ("LabError", "OutOfTime"):
             return error.evalue, error.ename
-        cells = nbformat.read(notebook, as_version=4).cells
-        at = next((i for i, c in enumerate(cells, 1) if c.source == error.source), "?")
+        at = place(notebook, error.source)
+        if error.ename == "SystemExit":
+            return _left(notebook, at, error.evalue), error.ename
         trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).strip().splitlines()
         where = f"{notebook.name}, cell {at} (In [{error.exec_count}]): {error.ename}"
         return _framed(where, trace), error.ename
@@ -236,7 +235,18 @@ def _execute(
         return f"{notebook.name}: its kernel died, perhaps for want of memory ({error})", "dead"
     except RuntimeError as error:  # nbclient's, of a kernel that died or said nothing at its start
         return f"{notebook.name}: no kernel could be started ({error})", "dead"
-    return "", ""
+    cells = [cell for cell in done.cells if cell.cell_type == "code"]
+    left = next((cell for cell in cells if cell.metadata.papermill.exception), None)
+    if left is None or (left is cells[-1] and load(output.parent)):  # at its very end, and saved
+        return "", ""
+    return _left(notebook, place(notebook, left.source), "0"), "SystemExit"  # papermill lets it be
+
+
+def _left(notebook: Path, at: int | str, status: str) -> str:
+    return (
+        f"{notebook.name} leaves in cell {at} by exit({status}) and has not finished; let it run "
+        "to its end, or raise an error that says what is wrong"
+    )
 
 
 def _framed(where: str, trace: list[str]) -> str:

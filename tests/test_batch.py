@@ -55,7 +55,7 @@ def test_values_take_the_types_of_the_defaults(tiny):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("seed", "x"), ("seed", "1.5"), ("seed", 1.5), ("seed", True), ("seed", None), ("seed", [1])]
-    + [("scale", "a"), ("scale", False), ("name", True), ("fast", "yes"), ("fast", 1)],
+    + [("scale", "a"), ("scale", False), ("name", True), ("fast", "maybe"), ("fast", 1)],
 )
 def test_value_of_another_type_is_refused(tiny, name, value):
     with pytest.raises(LabError, match=f"parameter '{name}' is of type"):
@@ -104,9 +104,10 @@ def test_grid_multiplies_lists_and_keeps_the_order(tiny, tmp_path, write_noteboo
         ("runs: [{notebok: 01_tiny}]", "must hold `notebook`"),
         ("runs: [{parameters: [1]}]", "must hold `notebook`"),
         ("runs: [{notebook: 01_tiny, parameters: [1]}]", "must map names to values"),
-        ("runs: [{notebook: 01_tiny, parameters: {on: 1}}]", "names to values .* quote them"),
-        ("runs: [01_tiny]\ndefaults: {1: 2}", "`defaults` a mapping of names"),
-        ("runs: [{notebook: 01_tiny, after_all: 'false'}]", "`after_all` of 01_tiny must be true"),
+        ("runs: [{notebook: 01_tiny, parameters: {on: 1}}]", "01_tiny.ipynb has no parameter 'on'"),
+        ("runs: [01_tiny]\ndefaults: {1: 2}", "no notebook that it names has the parameters 1"),
+        ("runs: [01_tiny]\ndefaults: [1]", "`defaults` a mapping of names"),
+        ("runs: [{notebook: 01_tiny, after_all: 2}]", "`after_all` of 01_tiny must be true"),
         ("runs: [01_tiny]\noutermost: sede", "no notebook has the parameter 'sede'"),
         ("runs: [01_tiny]\noutermost: [seed]", "`outermost` one name"),
         ("runs: [{notebook: 01_tiny, parameters: {seed: []}}]", "'seed' of 01_tiny is a list with"),
