@@ -34,7 +34,7 @@ def read_notebook(path: Path | str) -> NotebookNode:
         near = sorted(p.name for p in path.parent.glob("*.ipynb"))
         raise LabError(f"no notebook {path}" + (f"; there are: {', '.join(near)}" * bool(near)))
     try:
-        read = nbformat.reads(path.read_text("utf-8-sig"), as_version=4)
+        read = nbformat.reads(path.read_text(encoding="utf-8-sig"), as_version=4)
         notebook = nbformat.from_dict(read)  # an upgrade from format 2 leaves bare dicts
     except (ValueError, AttributeError, KeyError, TypeError, nbformat.ValidationError) as error:
         why = str(error).splitlines()[0][:200] if path.stat().st_size else "it is empty"
