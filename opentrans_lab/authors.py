@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .errors import LabError
 from .outputs import atomic_path
-from .statedict import read_state_dict
+from .prefixes import prefixes
+from .statedict import read_tensors
 from .tower import FIRST
 
 KEY = "backbone"
@@ -24,16 +25,15 @@ _MARK = "_mask"
 def read_authors(path: str | Path) -> dict[str, Tensor]:
     """Bool masks by the tower's parameter names, from a file of torch.nn.utils.prune.
 
-    The file may nest the tower (``backbone``, then ``visual.``). A mask that keeps all of the first
-    convolution is dropped, since the lab's masks never speak of it.
+    The tower may lie anywhere in it (``backbone``, then ``visual.``). A mask that keeps all of the
+    first convolution is dropped, since the lab's masks never speak of it.
 
     Raises:
         LabError: unreadable, holds more than tensors, or has no masks.
     """
-    state = read_state_dict(path, inside=KEY)
+    state = read_tensors(path)
     masks = {k.removesuffix(_MARK): v for k, v in state.items() if k.endswith(f"weight{_MARK}")}
-    stems = [k.removesuffix("layer1.0.conv1.weight") for k in masks]
-    stems = [s for s, k in zip(stems, masks, strict=True) if s != k]
+    stems = list(prefixes(masks, ["layer1.0.conv1.weight"]))
     if len(stems) != 1:
         what = "more than one tower" if stems else "no 'layer1.0.conv1.weight_mask'"
         raise LabError(f"{path} has {what}; expected a CLIP ResNet pruned by torch.nn.utils.prune")

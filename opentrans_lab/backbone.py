@@ -24,11 +24,11 @@ from open_clip.pretrained import get_pretrained_cfg
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
-from .device import pick
+from .device import float32, pick
 from .errors import LabError
 from .files import mini_folder
 from .text import TextEncoder, find_templates
-from .weights import fetch, read
+from .weights import RESNETS, fetch, fill, read
 
 MINI = {
     "embed_dim": 256,
@@ -39,12 +39,6 @@ MINI = {
 """open_clip model config of the mini CLIP, and its default templates."""
 
 QUICK = "-quickgelu"
-RESNETS = {
-    name: config
-    for name in open_clip.list_models()
-    if isinstance((config := open_clip.get_model_config(name))["vision_cfg"].get("layers"), list)
-}
-"""open_clip model configs of its CLIP ResNets, by name."""
 
 
 class Backbone(nn.Module):
@@ -163,6 +157,7 @@ def mini_tokenizer(config: dict = MINI) -> SimpleTokenizer:
     return SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
 
 
+@float32()
 def load_backbone(
     backbone: str = "mini",
     checkpoint: str | Path | None = None,
@@ -178,8 +173,8 @@ def load_backbone(
             - for the mini: a folder with ``model.safetensors`` and ``config.json``. Default:
               ``$OPENTRANS_MINI_CLIP``, else the project's ``data/mini_clip``;
             - else a tag of open_clip ("openai", the default, "yfcc15m", "cc12m") or a file:
-              OpenAI's JIT archive, a state dict (OpenAI's or open_clip's, also a training
-              checkpoint with ``state_dict`` and ``module.`` prefixes), or safetensors.
+              OpenAI's JIT archive, or a state dict (OpenAI's or open_clip's) as a pickle or
+              safetensors; it may lie anywhere in a training checkpoint, under any prefix.
 
     OpenAI's weights need QuickGELU in the text tower; with GELU they load without complaint and
     the text side is spoiled. So QuickGELU is taken for tags that ask for it, for files in OpenAI's
@@ -202,7 +197,7 @@ def load_backbone(
         raise LabError(f"backbone {backbone!r} {why}; use mini, {', '.join(RESNETS)}")
     clip = build_mini(config)
     if state is not None:
-        _fill(clip, state, backbone, source)
+        fill(clip, state, backbone, source)
         if config.get("quick_gelu", False) is None:
             warnings.warn(
                 f"{source} does not say which GELU it was trained with, so the text tower uses "
@@ -253,35 +248,3 @@ def _find_resnet(name: str, checkpoint: str) -> tuple[dict, dict[str, Tensor] | 
     quick = openai or known.get("quick_gelu", False) or name.endswith(QUICK)
     config["quick_gelu"] = bool(quick) if quick or known else None
     return config, state, path
-
-
-def _fill(clip: CLIP, state: dict[str, Tensor], name: str, path: Path) -> None:
-    """Load every weight, or say what does not fit and which backbone would."""
-    ours = clip.state_dict()
-    if "logit_scale" in state and state["logit_scale"].numel() == 1:
-        state["logit_scale"] = state["logit_scale"].reshape(())
-    wrong = [f"no {key}" for key in ours if key not in state and "num_batches" not in key]
-    wrong += [f"unknown {key}" for key in state if key not in ours]
-    wrong += [
-        f"{key} {tuple(value.shape)} instead of {tuple(ours[key].shape)}"
-        for key, value in state.items()
-        if key in ours and value.shape != ours[key].shape
-    ]
-    if wrong:
-        fits = _architecture(state)
-        remedy = f"use backbone={fits!r}" if fits not in (None, name) else f"use weights of {name}"
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise LabError(f"{path} does not fit {name} ({'; '.join(wrong[:3])}{more}); {remedy}")
-    clip.load_state_dict(state, strict=False)
-
-
-def _architecture(state: dict[str, Tensor]) -> str | None:
-    """The CLIP ResNet with this many blocks and channels, if there is one."""
-    blocks = {tuple(key.split(".")[1:3]) for key in state if key.startswith("visual.layer")}
-    layers = [sum(layer == f"layer{i}" for layer, _ in blocks) for i in (1, 2, 3, 4)]
-    stem = state.get("visual.conv3.weight")
-    for name, config in RESNETS.items():
-        vision = config["vision_cfg"]
-        if vision["layers"] == layers and stem is not None and len(stem) == vision["width"]:
-            return name
-    return None

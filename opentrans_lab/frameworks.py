@@ -8,6 +8,7 @@ from torch import nn
 
 from .backbone import Backbone
 from .checks import choose
+from .device import float32
 from .errors import LabError
 from .heads.deeplabv3 import DeepLabV3
 from .heads.fcclip import FCCLIP
@@ -21,6 +22,7 @@ FRAMEWORKS: dict[str, Callable[..., nn.Module]] = {
 PRESETS = ("paper", "mini")  # of every framework: the published sizes, or narrower ones
 
 
+@float32()
 def build(framework: str, backbone: Backbone, preset: str = "mini", **options) -> nn.Module:
     """A segmentation model with ``forward``, ``loss(outputs, targets)`` and ``scores``.
 

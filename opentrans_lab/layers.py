@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LabError
+from .prefixes import bare, fold_pruned, largest
 
 _PARAMETRISED = "parametrised: build the model, whose weight is computed from this"
+_TABLE = re.compile(r"embed|(^|_)emb(_|$)|wte|wpe", re.IGNORECASE)
+_TALL = 20  # rows a column: more than linear maps have, and fewer than tables of words
 _BY_NDIM = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
 
 
@@ -38,15 +42,17 @@ def layers(source: nn.Module | Mapping[str, Tensor]) -> list[Layer]:
     timm's ``qkv``, split into q, k and v). Weights pruned with torch.nn.utils.prune or
     reparametrised (weight norm, spectral norm, …) are read as they act in eval mode. From a bare
     state dict the kind follows from the number of axes and groups cannot be known: a grouped
-    convolution is then read as one (out, in/groups) matrix per tap.
+    convolution is then read as one (out, in/groups) matrix per tap. A matrix with a bias is a
+    linear map whatever its name; one without that is named or shaped like an embedding table is not
+    analysed, and told. Of a checkpoint that has more than the state dict, that part is read.
     """
     if isinstance(source, nn.Module):
-        modules = dict(source.named_modules(remove_duplicate=False))
-        state = dict(source.named_parameters(remove_duplicate=False))
-        masks = dict(source.named_buffers(remove_duplicate=False))
+        modules, state, masks = (
+            {bare(name): value for name, value in find(remove_duplicate=False)}
+            for find in (source.named_modules, source.named_parameters, source.named_buffers)
+        )
     elif isinstance(source, Mapping):
-        modules, state = {}, {str(k): v for k, v in source.items() if isinstance(v, Tensor)}
-        masks = state
+        modules, state, masks = {}, fold_pruned(largest(source, "this checkpoint")), {}
     else:
         raise LabError(f"cannot read weights from a {type(source).__name__}; give a torch module "
                        "or a state dict")
@@ -64,13 +70,15 @@ def layers(source: nn.Module | Mapping[str, Tensor]) -> list[Layer]:
         for hook in _hooks(modules.get(owner)):
             if leaf in (f"{hook.name}_orig", f"{hook.name}_g", f"{hook.name}_v"):
                 leaf, tensor = hook.name, _acting(modules[owner], hook.name)
-        if tensor.ndim < 2 or (leaf.endswith("_mask") and f"{key[:-5]}_orig" in state):
+        if tensor.ndim < 2:
             continue
         mask = masks.get(f"{key[:-5]}_mask") if leaf.endswith("_orig") else None
         if leaf.endswith("_orig") and mask is None:
             found.setdefault(owner, Layer(owner, "other", tensor, reason=_PARAMETRISED))
             continue
-        for layer in _read(owner, leaf.removesuffix("_orig"), tensor, mask, modules.get(owner)):
+        biased = f"{owner}.bias".strip(".") in state
+        name, module = leaf.removesuffix("_orig"), modules.get(owner)
+        for layer in _read(owner, name, tensor, mask, module, biased):
             found.setdefault(layer.name, layer)
     return list(found.values())
 
@@ -95,7 +103,12 @@ def _acting(module: nn.Module, name: str) -> Tensor:
 
 
 def _read(
-    owner: str, leaf: str, tensor: Tensor, mask: Tensor | None, module: nn.Module | None
+    owner: str,
+    leaf: str,
+    tensor: Tensor,
+    mask: Tensor | None,
+    module: nn.Module | None,
+    biased: bool,
 ) -> Iterator[Layer]:
     kind = type(module).__name__ if module is not None else ""
     full, last = f"{owner}.{leaf}".strip("."), owner.rpartition(".")[2]
@@ -110,8 +123,9 @@ def _read(
         yield _checked(full.removesuffix("_weight"), "attention", tensor, mask, 1)
     elif leaf != "weight":
         yield Layer(full, "other", tensor, reason="a bare parameter, not a layer's weight")
-    elif module is None and linear and _names_a_table(last):
-        yield Layer(owner, "embedding", tensor, reason="an embedding table, not a linear map")
+    elif module is None and linear and not biased and (like := _like_a_table(last, tensor)):
+        yield Layer(owner, "embedding", tensor, reason=f"an embedding table, not a linear map, by "
+                    f"its {like} and without a bias: if it is one, build the model")
     elif module is None:
         yield _checked(owner or full, _BY_NDIM.get(tensor.ndim, "other"), tensor, mask, None)
     elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
@@ -123,8 +137,11 @@ def _read(
                     reason=f"{kind}: only convolutions and linear maps are analysed")
 
 
-def _names_a_table(name: str) -> bool:
-    return any(word in name.lower() for word in ("embed", "wte", "wpe"))
+def _like_a_table(name: str, tensor: Tensor) -> str:
+    """What of a matrix speaks for a table of embeddings, or an empty string."""
+    if _TABLE.search(name):
+        return "name"
+    return "shape" if len(tensor) >= _TALL * tensor.shape[1] else ""
 
 
 def _checked(

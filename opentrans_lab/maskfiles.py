@@ -43,8 +43,9 @@ def apply_to_file(
         LabError: unreadable file, a mask of another backbone, or ``out`` exists without ``force``.
     """
     _may_write(out, force, (OURS,))
-    state = {k: v.clone() for k, v in read_state_dict(checkpoint).items()}
-    match = open_mask(mask).apply(state, prefix, partial)
+    found = open_mask(mask)
+    state = {k: v.clone() for k, v in read_state_dict(checkpoint, names=found).items()}
+    match = found.apply(state, prefix, partial)
     save = save_sparse if compact else _save_dense
     keep(out, lambda path: save(state, path))
     sizes = [path.stat().st_size / 1e6 for path in (checkpoint, out)]
@@ -65,7 +66,7 @@ def convert(mask: Path, out: Path, checkpoint: Path | None = None, force: bool =
             f"(for this lab's form, let the name end in {OURS})"
         )
     found = open_mask(mask)
-    weights = {} if ours else read_state_dict(checkpoint)
+    weights = {} if ours else read_state_dict(checkpoint, names=found)
     keep(out, found.save if ours else partial(found.to_authors, weights))
     return f"{out}: {found!r}"
 

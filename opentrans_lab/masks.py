@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from .authors import read_authors, write_authors
 from .errors import LabError
+from .keeping import Holding
 from .outputs import atomic_path
-from .statedict import pack_bits, unpack_bits
-from .topk import top_k
+from .prefixes import flatten
+from .statedict import check_file, pack_bits, unpack_bits
+from .topk import count, top_k
 from .tower import Match, locate, prunable
 
 FORMAT = "opentrans-mask-1"
@@ -108,17 +110,18 @@ class Mask(Mapping[str, Tensor]):
         )
 
     @classmethod
-    def by_magnitude(cls, visual: nn.Module, keep: int, within: Mask | None = None) -> Mask:
+    def by_magnitude(cls, visual: nn.Module, keep: float, within: Mask | None = None) -> Mask:
         """The ``keep`` globally largest |w| (among those kept in ``within``), exactly that many.
 
         Ties go to the weight that comes first in the tower, so the mask is a function of the
-        weights. Used for every round of Algorithm 1 and, in one shot, for ``oneshot``.
+        weights. Used for every round of Algorithm 1 and, in one shot, for ``oneshot``. A ``keep``
+        such as ``0.1 * total`` is rounded.
 
         Raises:
-            LabError: ``keep`` is not between 1 and the number of weights.
+            LabError: ``keep`` is not between 1 and the number of weights, or is a share of them.
         """
         weights = prunable(visual)
-        if keep < 1:
+        if (keep := count(keep, sum(w.numel() for w in weights.values()))) < 1:
             raise LabError(f"cannot keep {keep:,} weights: a mask keeps at least one")
         if within is not None:
             within._same_shapes(weights, "the tower")
@@ -136,19 +139,16 @@ class Mask(Mapping[str, Tensor]):
         return cls({name: top_k([scores[name].cpu()], int(t.sum()))[0] for name, t in like.items()})
 
     @classmethod
-    def random_global(cls, visual: nn.Module, keep: int, seed: int = 0) -> Mask:
+    def random_global(cls, visual: nn.Module, keep: float, seed: int = 0) -> Mask:
         """``keep`` weights drawn uniformly over the whole tower."""
-        weights, generator = prunable(visual), torch.Generator().manual_seed(seed)
-        scores = [torch.rand(w.shape, generator=generator) for w in weights.values()]
+        weights = prunable(visual)
+        scores = _uniform(weights, seed).values()
         return cls(dict(zip(weights, top_k(scores, keep), strict=True)))
 
     @classmethod
     def random_layerwise(cls, like: Mask, seed: int = 0) -> Mask:
         """As many weights in each layer as ``like`` keeps, drawn uniformly within the layer."""
-        generator = torch.Generator().manual_seed(seed)
-        return cls.by_score(
-            {name: torch.rand(t.shape, generator=generator) for name, t in like.items()}, like
-        )
+        return cls.by_score(_uniform(like, seed), like)
 
     # --- put into a model -----------------------------------------------------------------------
 
@@ -192,36 +192,31 @@ class Mask(Mapping[str, Tensor]):
         optimizer: torch.optim.Optimizer,
         prefix: str | None = None,
         partial: bool = False,
-    ):
+    ) -> Holding:
         """Hold the mask through training: pruned weights are 0 again after every ``step``.
 
-        One fused multiplication an update, in anybody's training loop. Returns a handle;
-        ``handle.remove()`` lets go. Call it again where parameters or the optimizer are replaced.
+        In anybody's training loop, whatever comes: a gradient that is infinite, another optimizer,
+        replaced parameters, a deep copy of the model, ``load_state_dict`` (which warns if it brings
+        weights that are pruned). The layers hold it, until ``remove()`` of what is returned or
+        another mask; call it again where layers are replaced.
 
         Raises:
-            LabError: as :func:`locate`, or the optimizer trains other parameters than this model's.
+            LabError: as :func:`locate`, no optimizer of torch, or one of other parameters.
         """
+        if not isinstance(model, nn.Module):
+            raise LabError(f"give the module that is trained, not {type(model).__name__}")
         match = self.find(model, prefix, partial)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise LabError(f"give a torch.optim.Optimizer, not {type(optimizer).__name__}")
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         wanted = [p for p in match.tensors.values() if p.requires_grad]
         if wanted and not any(id(p) in trained for p in wanted):
             raise LabError(
-                "this optimizer trains none of the tower's weights; is it of this model?"
+                "this optimizer trains none of the tower's weights; is it of this model, and are "
+                "their parameters in a group of it?"
             )
-        parameters = list(match.tensors.values())
-        masks: list[Tensor] = []
-
-        @torch.no_grad()
-        def hook(*_) -> None:
-            if not masks or masks[0].device != parameters[0].device:
-                masks[:] = [
-                    torch.empty_like(p).copy_(self[name])
-                    for name, p in zip(match.tensors, parameters, strict=True)
-                ]
-            torch._foreach_mul_([p.data for p in parameters], masks)
-
-        return optimizer.register_step_post_hook(hook)
+        return Holding(model, {weight: ~self[name] for name, weight in match.tensors.items()})
 
     def verify(self, model: nn.Module | Mapping[str, Tensor], prefix: str | None = None) -> bool:
         """True if every pruned weight of the model is exactly 0."""
@@ -254,6 +249,7 @@ class Mask(Mapping[str, Tensor]):
             LabError: missing, not safetensors, or not a mask of this lab.
         """
         try:
+            check_file(path := Path(path).expanduser())
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 packed = {name: file.get_tensor(name) for name in file.keys()}
@@ -292,5 +288,12 @@ class Mask(Mapping[str, Tensor]):
         match = self.find(model, prefix)
         state = model.state_dict() if isinstance(model, nn.Module) else model
         under = len(match.prefix)
-        tower = {k[under:]: v for k, v in state.items() if k.startswith(match.prefix)}
+        tower = {k[under:]: v for k, v in flatten(state).items() if k.startswith(match.prefix)}
         write_authors(tower, self, path)
+
+
+def _uniform(like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Random scores: float32, and so the same ones, whatever torch's default dtype is."""
+    generator = torch.Generator().manual_seed(seed)
+    about = {"generator": generator, "dtype": torch.float32}
+    return {name: torch.rand(t.shape, **about) for name, t in like.items()}

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import pictures
 from .backbone import load_backbone
 from .checks import choose
-from .device import pick
+from .device import float32, pick
 from .errors import LabError
 from .evaluate import evaluating, predict
 from .frameworks import FRAMEWORKS, build
 from .overlays import compare, overlay
 from .results import runs_root
+from .statedict import read_state_dict
 from .text import ClassNames, checked_names
 
 LEAST = 32  # pixels a side: the trunk's stride
@@ -65,6 +65,7 @@ class Segmentation:
         return {self.names[i]: float(counts[i]) for i in order if counts[i] > 0}
 
 
+@float32()
 def segment(
     image: str | Path | Image.Image | Tensor | np.ndarray,
     class_names: ClassNames,
@@ -190,9 +191,9 @@ def open_model(
     """
     try:
         about = json.loads((folder / "result.json").read_bytes())["parameters"]
-        state = load_file(folder / "model.safetensors")
     except (OSError, ValueError, KeyError) as error:
         raise LabError(f"{folder} holds no trained model ({error})") from error
+    state = read_state_dict(folder / "model.safetensors")
     clip = load_backbone(about["backbone"], checkpoint or _weights(about), device)
     model = build(about["framework"], clip, about["preset"])
     model.load_state_dict(state)

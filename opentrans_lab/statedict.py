@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path, PosixPath
 
 import numpy as np
 import torch
@@ -16,56 +18,85 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import LabError
+from .prefixes import choose, flatten, fold_pruned, largest
 
 SPARSE = "opentrans-sparse-1"
+_INERT = [  # what training scripts keep beside the weights; none of it runs anything
+    Namespace, PosixPath, np.dtype, np.ndarray, *{type(np.dtype(c)) for c in "?bhilqBHILQefd"},
+    *((getattr(np._core.multiarray, made), f"numpy.{core}.multiarray.{made}")
+      for core in ("core", "_core") for made in ("scalar", "_reconstruct")),
+]  # fmt: skip
 
 
 def read_state_dict(
-    path: str | Path, prefix: str = "", inside: str = "", jit: bool = False
+    path: str | Path, prefix: str = "", jit: bool = False, names: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """The named tensors of a file, on the CPU, in the file's dtypes and order.
+    """The named tensors of one model in a file, on the CPU, in the file's dtypes and order.
 
-    Reads safetensors (those of ``sparse.save_sparse`` too), pickles of plain tensors
-    (``weights_only``, so no code of theirs runs) and, told to by `jit`, TorchScript archives, the
-    form of OpenAI's files: loading one may run what is in it, so ask only for a CLIP. Nested
-    checkpoints ({"state_dict": …, "step": …}) are opened, at the key `inside` if they have it, else
-    down to the first level with matrices, and there the part with most of them; what is no tensor
-    is left out, and a ``module.`` prefix is dropped. With `prefix` only the keys below it are kept,
-    without it ("visual.").
+    Reads what :func:`read_tensors` reads. Nested checkpoints ({"state_dict": …, "step": …}) are
+    opened at the part with most of `names`, or without them with most matrices, and ``module.``
+    prefixes are dropped. With `prefix` only the keys below it are kept, without it ("visual."), at
+    whatever depth it lies. Weights pruned by torch.nn.utils.prune are given as they act. Where
+    there are several copies, a warning says which is read; a moving average (EMA) comes last.
 
     Raises:
         LabError: missing or unreadable file, no tensors in it, or no key with that prefix.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise LabError(f"{path} does not exist; give a .safetensors or .pt file")
-    try:
-        state = _read(path, jit)
-    except LabError:
-        raise
-    except Exception as error:  # readers raise whatever the broken bytes lead to
-        raise LabError(
-            f"{path} cannot be read as weights ({type(error).__name__}); it is damaged or holds "
-            "more than tensors: fetch it again, or save its state dict alone"
-        ) from error
-    if isinstance(state, Mapping) and isinstance(state.get(inside), Mapping):
-        state = state[inside]
-    level = [state] if isinstance(state, Mapping) else []
-    while level and not any(map(_matrices, level)):
-        level = [v for part in level for v in part.values() if isinstance(v, Mapping)]
-    state = max(level, key=_matrices, default=state)
-    named = state.items() if isinstance(state, Mapping) else ()
-    tensors = {str(k).removeprefix("module."): v for k, v in named if isinstance(v, Tensor)}
+    state = _load(path, jit)
+    tensors = flatten(state)
     if not tensors:
         raise LabError(f"{path} holds no state dict; save model.state_dict() instead")
-    kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    if not kept:
-        raise LabError(f"{path} has no key under {prefix!r}; its first is {next(iter(tensors))!r}")
-    return kept
+    if prefix:
+        depths = {k[:at]: -k.count(".", 0, at) for k in tensors
+                  if (at := f".{k}".find(f".{prefix}")) >= 0}  # fmt: skip
+        if not depths:
+            raise LabError(
+                f"{path} has no key under {prefix!r}; its first is {next(iter(tensors))!r}"
+            )
+        above = choose(depths, path) + prefix
+        kept = {k.removeprefix(above): v for k, v in tensors.items() if k.startswith(above)}
+    else:
+        part = largest(state, path, names)
+        kept = {re.sub(r"^(module\.)+", "", key): tensor for key, tensor in part.items()}
+    return fold_pruned(kept)
 
 
-def _matrices(state: Mapping) -> int:
-    return sum(isinstance(v, Tensor) and v.ndim > 1 for v in state.values())
+def read_tensors(path: str | Path, jit: bool = False) -> dict[str, Tensor]:
+    """Every tensor of a file by its dotted name, as it is there, on the CPU.
+
+    Reads safetensors (those of ``sparse.save_sparse`` and the index of several files, too), pickles
+    of tensors and plain values (``weights_only``, so no code of theirs runs) and, told to by `jit`,
+    TorchScript archives, the form of OpenAI's files: loading one may run what is in it, so ask only
+    for a CLIP. The content of a file tells its form, not its ending.
+
+    Raises:
+        LabError: no such file, no weights in it, or more than tensors.
+    """
+    return flatten(_load(path, jit))
+
+
+def check_file(path: Path) -> bytes:
+    """The first bytes of a file that may hold weights.
+
+    Raises:
+        LabError: there is none, or what lies there is known to be something else.
+    """
+    if path.is_dir():
+        raise LabError(f"{path} is a folder; name the file of weights in it")
+    if not path.is_file():
+        raise LabError(f"{path} does not exist; give a .safetensors or .pt file")
+    with path.open("rb") as file:
+        head = file.read(512)
+    what = ""
+    if not head:
+        what = "it is empty; fetch it again"
+    elif head.startswith(b"version https://git-lfs"):
+        what = "it is a pointer of Git LFS; fetch the file itself with `git lfs pull`"
+    elif head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
+        what = "it is a web page that was saved in its place; download the file itself"
+    if what:
+        raise LabError(f"{path} cannot be read as weights: {what}")
+    return head
 
 
 def is_jit(path: Path) -> bool:
@@ -89,6 +120,58 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(bits.view(bool)).view(*shape)
 
 
+def _load(path: str | Path, jit: bool) -> Mapping:
+    """What a file holds, whatever form it has."""
+    path = Path(path).expanduser()
+    try:
+        head = check_file(path)
+        state = _read(path, head, jit)
+    except LabError:
+        raise
+    except Exception as error:  # readers raise whatever the broken bytes lead to
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise LabError(
+                f"{path} cannot be read as weights: it holds more than tensors ({found[1]}), and "
+                "reading that can run code; if you trust it, open it with the code it came from "
+                "and save its state_dict() alone"
+            ) from error
+        raise LabError(
+            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged, cut off or "
+            "not written by torch.save or safetensors; fetch it or save it again"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise LabError(f"{path} holds no state dict; save model.state_dict() instead")
+    return state
+
+
+def _read(path: Path, head: bytes, jit: bool):
+    if head[8:9] == b"{":
+        return _unpack(path)
+    if head.startswith(b"{"):
+        return _sharded(path)
+    if is_jit(path):
+        if not jit:
+            raise LabError(
+                f"{path} is a TorchScript archive, which holds code; save its state dict alone"
+            )
+        with warnings.catch_warnings():  # OpenAI's files have this form, deprecated or not
+            warnings.simplefilter("ignore", FutureWarning)
+            return dict(torch.jit.load(path, map_location="cpu").state_dict())
+    with torch.serialization.safe_globals(_INERT), path.open("rb") as file:  # torch reads endings
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _sharded(path: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index ("model.safetensors.index.json") names."""
+    index = json.loads(path.read_bytes()).get("weight_map")
+    if not isinstance(index, Mapping):
+        raise LabError(f"{path} is JSON and holds no weights; name the file of weights beside it")
+    files = [path.parent / name for name in dict.fromkeys(index.values())]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise LabError(f"{path} names {missing[0]}, which is not beside it; fetch that, too")
+    return {key: tensor for file in files for key, tensor in read_tensors(file).items()}
+
+
 def _unpack(path: Path) -> dict[str, Tensor]:
     """A safetensors file, packed or not."""
     tensors = load_file(path)
@@ -100,17 +183,3 @@ def _unpack(path: Path) -> dict[str, Tensor]:
             values = tensors.pop(f"{name}|values")
             tensors[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(kept, values)
     return tensors
-
-
-def _read(path: Path, jit: bool):
-    if path.suffix == ".safetensors":
-        return _unpack(path)
-    if is_jit(path) and not jit:
-        raise LabError(
-            f"{path} is a TorchScript archive, which holds code; save its state dict alone"
-        )
-    if is_jit(path):
-        with warnings.catch_warnings():  # OpenAI's files have this form, deprecated or not
-            warnings.simplefilter("ignore", FutureWarning)
-            return dict(torch.jit.load(path, map_location="cpu").state_dict())
-    return torch.load(path, map_location="cpu", weights_only=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -10,13 +12,33 @@ from torch import Tensor
 from .errors import LabError
 
 
+def count(keep: float, total: int) -> int:
+    """A number of weights, rounded where it was computed from a share (``0.1 * total``).
+
+    Raises:
+        LabError: no number, or the share itself.
+    """
+    if getattr(keep, "ndim", None) == 0:
+        keep = keep.item()  # of torch or numpy
+    if isinstance(keep, bool) or not isinstance(keep, Real) or not math.isfinite(keep):
+        raise LabError(f"keep={keep!r} is no number of weights; give one from 1 to {total:,}")
+    if not isinstance(keep, Integral) and 0 < keep <= 1:
+        raise LabError(
+            f"keep={keep} is a share and not a number of weights; of these it is "
+            f"keep={round(keep * total)}"
+        )
+    return round(keep)
+
+
 def top_k(
     tensors: Iterable[Tensor],
-    keep: int,
+    keep: float,
     within: Sequence[Tensor | None] | None = None,
     score: Callable[[Tensor], Tensor] = torch.Tensor.float,
 ) -> list[Tensor]:
     """Exactly ``keep`` True, over all tensors, at the largest scores; of equal ones the earliest.
+
+    ``keep`` is read by :func:`count`.
 
     Scores are made one tensor at a time, and twice, since all of them would double the memory.
 
@@ -27,10 +49,11 @@ def top_k(
     tensors = [t.detach() for t in tensors]
     within = [None] * len(tensors) if within is None else within
     within = [m if m is None else m.to(t.device) for t, m in zip(tensors, within, strict=True)]
+    keep = count(keep, sum(t.numel() for t in tensors))
     alive = [t.numel() if m is None else int(m.sum()) for t, m in zip(tensors, within, strict=True)]
     if not 0 <= keep <= sum(alive):
         raise LabError(f"cannot keep {keep:,} of {sum(alive):,} weights")
-    pool = torch.empty(sum(alive), device=tensors[0].device)
+    pool = torch.empty(sum(alive), dtype=torch.float32, device=tensors[0].device)
     for part, t, m in zip(pool.split(alive), tensors, within, strict=True):
         part.copy_(score(t).flatten() if m is None else score(t).masked_select(m))
     if pool.isnan().any():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from .errors import LabError
+from .prefixes import bare, computed, flatten, prefixes
 
 FIRST = "conv1.weight"  # the first stem convolution: it reads pixels and is never pruned
 
@@ -19,6 +19,9 @@ class Match(NamedTuple):
     prefix: str  # of the tower in the model, such as "backbone.clip_model.visual."
     tensors: dict[str, Tensor]  # by the tower's own names; parameters of a module
     wanted: int  # names that were looked for
+
+    def __repr__(self) -> str:  # in a notebook, not every weight
+        return f"Match({self})"
 
     def __str__(self) -> str:
         where = f"under {self.prefix!r}" if self.prefix else "at the top"
@@ -50,20 +53,34 @@ def locate(
     """The tensors that a tower's ``names`` mean in ``model``, whichever module holds the tower.
 
     Args:
-        model: a module (its parameters are searched) or a state dict.
+        model: a module (its parameters are searched), a state dict, or a checkpoint with one in it.
         names: of the tower's parameters; with tensors as values, shapes have to agree too.
         prefix: of the tower, with or without the last dot; found when it is None.
         partial: take what matches when not all does.
 
     Raises:
-        LabError: no nested module has them all (or, with ``partial``, any), or more than one has.
+        LabError: no nested module has them all (or, with ``partial``, any), more than one has, or
+            one is computed from other tensors there (pruned by torch, or parametrised).
     """
     shapes = {n: names[n].shape if isinstance(names, Mapping) else None for n in names}
-    state = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        state = {bare(name): parameter for name, parameter in model.named_parameters()}
+        made = computed([*state, *(bare(name) for name, _ in model.named_buffers())])
+    elif isinstance(model, Mapping):
+        state = flatten(model)
+        made = computed(state)
+    else:
+        raise LabError(f"a {type(model).__name__} holds no tower; give a module or a state dict")
     if prefix is None:
-        prefix = _find_prefix(state, shapes, partial)
-    elif prefix:
-        prefix = prefix.rstrip(".") + "."
+        prefix = _find_prefix([*state, *made], shapes, partial)
+    elif prefix := bare(prefix.rstrip(".")):
+        prefix += "."
+    for name in (prefix + name for name in shapes):
+        if name in made:
+            raise LabError(
+                f"{name!r} is computed from other tensors, so a mask would not last: make all such "
+                f"weights plain in the model first, each layer with {made[name]}"
+            )
     found, wrong = {}, ""
     for name, shape in shapes.items():
         tensor = state.get(prefix + name)
@@ -75,11 +92,6 @@ def locate(
             wrong = f"{prefix + name!r}{ours} is {theirs} in the model"
     match = Match(prefix, found, len(shapes))
     if shapes and (not found or (wrong and not partial)):
-        if any(f"{key}_orig" in state for key in (prefix + name for name in shapes)):
-            raise LabError(
-                "this model is pruned by torch.nn.utils.prune (it has 'weight_orig'): make that "
-                "permanent first, with prune.remove(layer, 'weight') for each layer"
-            )
         remedy = "partial=True takes what matches" if found else "name the prefix of its tower"
         raise LabError(
             f"{match}: {wrong}; were they named for another backbone? If you mean it, {remedy}"
@@ -87,14 +99,9 @@ def locate(
     return match
 
 
-def _find_prefix(state: Mapping[str, Tensor], names: Mapping, partial: bool) -> str:
+def _find_prefix(keys: Iterable[str], names: Mapping, partial: bool) -> str:
     """The prefix under which most names are found; a tie is an error."""
-    counts: Counter[str] = Counter()
-    for key in state:
-        parts = key.split(".")
-        for i in range(len(parts)):
-            if ".".join(parts[i:]) in names:
-                counts["".join(f"{part}." for part in parts[:i])] += 1
+    counts = prefixes(keys, names)
     if not counts:
         return ""
     most = max(counts.values())

@@ -127,7 +127,7 @@ def fit(
     optimizer = _optimizer(model, config, accelerator.device)
     if mask is not None:
         mask.apply(model)
-        mask.keep(model, optimizer)
+        held = mask.keep(model, optimizer)
     actions, start, rows = dict(at or {}), 0, []
     last = _latest(out)
     if last is not None:
@@ -179,6 +179,8 @@ def fit(
     if board:
         board.close()
     accelerator.free_memory()
+    if mask is not None:
+        held.remove()
     same_buffers(model)
     seconds = time.perf_counter() - began
     speed = (config.steps - start) * config.batch_size / seconds if start < config.steps else 0.0
