@@ -17,10 +17,10 @@ from bench_alpha import extra_memory, line, timed
 from torch import nn
 from torch.nn.utils import prune
 
-from opentrans_lab.masks import Mask
-from opentrans_lab.prune import PruneConfig
-from opentrans_lab.sparse import Trunk
-from opentrans_lab.tower import prunable
+from opentrans_lab.costs.payoff import Trunk
+from opentrans_lab.masks.mask import Mask
+from opentrans_lab.masks.tower import prunable
+from opentrans_lab.pruning.imp import PruneConfig
 
 STEPS, SIZE, BATCH = 6, 224, 4
 

@@ -15,20 +15,21 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from opentrans_lab import alpha, esd
-from opentrans_lab.alpha import (
+from opentrans_lab.alpha.alphas import (
     AUTHORS_FROZEN,
     RESHAPES,
     RULES,
     compare_authors,
+    esd,
     fit_alpha,
     layer_alphas,
     mp_edge,
     read_state_dict,
     sensitivity,
 )
+from opentrans_lab.alpha.alphas import alphas as alpha
+from opentrans_lab.alpha.layers import layers
 from opentrans_lab.errors import LabError
-from opentrans_lab.layers import layers
 
 
 @pytest.fixture(scope="module")
@@ -636,7 +637,7 @@ def test_authors_comparison_on_made_up_alphas(rn50):
 
 
 def test_alpha_stands_on_torch_numpy_and_pandas_alone():
-    code = ("import sys, opentrans_lab.alpha; "
+    code = ("import sys, opentrans_lab.alpha.alphas; "
             "print([m for m in ('open_clip', 'torchvision', 'matplotlib', 'transformers', 'scipy') "
             "if m in sys.modules])")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -650,7 +651,7 @@ def test_pictures_of_spectra_and_gaps():
     import matplotlib
 
     matplotlib.use("agg")
-    from opentrans_lab import plots
+    from opentrans_lab.figures import plots
 
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(6)))
@@ -670,7 +671,7 @@ def test_explorer_is_a_static_panel_headless_and_widgets_in_a_session(monkeypatc
     import matplotlib
 
     matplotlib.use("agg")
-    from opentrans_lab.explorer import compare, explore
+    from opentrans_lab.figures.explorer import compare, explore
 
     torch.manual_seed(0)
     models = {"a": nn.Sequential(nn.Conv2d(24, 24, 3), nn.Linear(30, 40)), "b": nn.Linear(30, 30)}

@@ -14,7 +14,7 @@ from open_clip.model import convert_weights_to_lp
 from safetensors.torch import save_file
 from torch import nn
 
-from opentrans_lab.backbone import (
+from opentrans_lab.clip.backbone import (
     MEAN,
     MINI,
     STD,
@@ -26,7 +26,7 @@ from opentrans_lab.backbone import (
     trunk,
 )
 from opentrans_lab.errors import LabError
-from opentrans_lab.masks import Mask
+from opentrans_lab.masks.mask import Mask
 
 NAMES = ["dog", "traffic light", "grass"]
 FORMS = {

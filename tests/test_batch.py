@@ -13,11 +13,11 @@ import time
 import psutil
 import pytest
 
-from opentrans_lab.batch import run_grid, run_notebook
 from opentrans_lab.errors import LabError
-from opentrans_lab.grids import Job, complete, defaults, load_grid
-from opentrans_lab.job import _alive
-from opentrans_lab.results import run_dir
+from opentrans_lab.records import run_dir
+from opentrans_lab.runs.batch import run_grid, run_notebook
+from opentrans_lab.runs.grids import Job, complete, defaults, load_grid
+from opentrans_lab.runs.job import _alive
 
 SAVE = 'run.save({"value": seed * scale})'
 DEFAULTS = {"seed": 0, "scale": 1.0, "name": "a", "fast": False, "dataset": "scenes"}
@@ -157,7 +157,7 @@ def test_failure_is_named_and_the_others_go_on(tiny, tmp_path, runs, write_noteb
     wrong = write_notebook(
         tmp_path / "05_wrong.ipynb",
         SAVE,
-        setup='from opentrans_lab.results import Run\nrun = Run("05_wrong", dict(seed=seed))',
+        setup='from opentrans_lab.records import Run\nrun = Run("05_wrong", dict(seed=seed))',
     )
     results = run_grid([Job(p, {}) for p in (late, users, dead, wrong, tiny)])
     assert [r.status for r in results] == ["failed"] * 4 + ["ok"]
@@ -204,9 +204,8 @@ def test_deadline_stops_between_runs_and_the_next_slice_goes_on(
 
 def test_two_runners_and_a_killed_one_leave_one_whole_run(tmp_path, runs, write_notebook):
     slow = write_notebook(tmp_path / "01_slow.ipynb", "import time; time.sleep(2)", SAVE)
-    code = (
-        f"from opentrans_lab.batch import run_notebook; print(run_notebook({str(slow)!r}).status)"
-    )
+    run = f"run_notebook({str(slow)!r}).status"
+    code = f"from opentrans_lab.runs.batch import run_notebook; print({run})"
     start = [sys.executable, "-c", code]
     killed = subprocess.Popen(start)
     folder = run_dir("01_slow", DEFAULTS)
@@ -253,7 +252,7 @@ def test_equal_jobs_are_one(tiny, runs):
 def test_other_data_are_another_run(tmp_path, runs, write_notebook, monkeypatch):
     named = "data_root = ''\ndataset = 'coco'"
     setup = (
-        "from opentrans_lab.results import Run\n"
+        "from opentrans_lab.records import Run\n"
         'run = Run("{stem}", dict(data_root=data_root, dataset=dataset))'
     )
     path = write_notebook(

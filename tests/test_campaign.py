@@ -12,14 +12,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from opentrans_lab.batch import run_grid
-from opentrans_lab.campaign import campaign, missing_first, outlook, publish
 from opentrans_lab.errors import LabError
-from opentrans_lab.frameworks import FRAMEWORKS
-from opentrans_lab.grids import Job, complete, load_grid
-from opentrans_lab.prune import TERMS
-from opentrans_lab.results import PROJECT, Run, load, results_root, run_dir
-from opentrans_lab.transfer import ROWS
+from opentrans_lab.heads.frameworks import FRAMEWORKS
+from opentrans_lab.pruning.imp import TERMS
+from opentrans_lab.pruning.transfer import ROWS
+from opentrans_lab.records import PROJECT, Run, load, results_root, run_dir
+from opentrans_lab.runs.batch import run_grid
+from opentrans_lab.runs.campaign import campaign, missing_first, outlook, publish
+from opentrans_lab.runs.grids import Job, complete, load_grid
 
 GRID = """
 runs:
@@ -31,7 +31,7 @@ runs:
 @pytest.fixture
 def grid(tmp_path, runs, write_notebook):
     write_notebook(tmp_path / "01_tiny.ipynb", "run.save({'value': seed})")
-    reads = "from opentrans_lab.results import collect\nrun.save({'seen': len(collect('01_tiny'))})"
+    reads = "from opentrans_lab.records import collect\nrun.save({'seen': len(collect('01_tiny'))})"
     write_notebook(tmp_path / "05_paper_tables.ipynb", reads)
     (tmp_path / "grids").mkdir()
     (tmp_path / "grids" / "g.yaml").write_text(GRID)

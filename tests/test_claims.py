@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opentrans_lab import charts
-from opentrans_lab.claims import CLAIMS, KEPT, RANDOM, UNTESTED, claim_table, compared
-from opentrans_lab.cost import printed_cells
-from opentrans_lab.tables import cost_points, paper, paper_points
+from opentrans_lab.costs.cost import printed_cells
+from opentrans_lab.figures import charts
+from opentrans_lab.report.claims import CLAIMS, KEPT, RANDOM, UNTESTED, claim_table, compared
+from opentrans_lab.report.tables import cost_points, paper, paper_points
 
 FRAMEWORKS = ("a", "b")
 NOTHING = pd.DataFrame()

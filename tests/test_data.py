@@ -15,12 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from opentrans_lab import scenes
-from opentrans_lab.data import DATASETS, IGNORE, load_dataset
+from opentrans_lab.data.datasets import DATASETS, IGNORE, load_dataset, scenes
+from opentrans_lab.data.layouts import read_class_names
+from opentrans_lab.data.loader import Look
 from opentrans_lab.errors import LabError
-from opentrans_lab.lab import Lab
-from opentrans_lab.layouts import read_class_names
-from opentrans_lab.loader import Look
+from opentrans_lab.experiments.lab import Lab
 
 REAL = Path(os.environ.get("OPENTRANS_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -16,15 +16,15 @@ import pandas as pd
 import psutil
 import pytest
 
-from opentrans_lab import evaluate
-from opentrans_lab.batch import run_notebook
-from opentrans_lab.devices import check_shares
 from opentrans_lab.errors import LabError, OutOfTime
-from opentrans_lab.experiment import segment_stage
-from opentrans_lab.job import _alive
-from opentrans_lab.lab import Lab
-from opentrans_lab.prune import PruneConfig
-from opentrans_lab.tuning import Recipe
+from opentrans_lab.evaluation import evaluate
+from opentrans_lab.experiments.devices import check_shares
+from opentrans_lab.experiments.lab import Lab
+from opentrans_lab.experiments.recipe import Recipe
+from opentrans_lab.experiments.rows import segment_stage
+from opentrans_lab.pruning.imp import PruneConfig
+from opentrans_lab.runs.batch import run_notebook
+from opentrans_lab.runs.job import _alive
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "03_transfer.ipynb"
 PRUNING = PruneConfig(density=0.5, p=0.5, steps=1, batch_size=2)
@@ -122,7 +122,7 @@ def test_what_cannot_be_shared_is_refused(root):
 
 def test_processes_end_with_a_notebook_that_nobody_has_buried():
     notebook = subprocess.Popen(["sleep", "600"])
-    watch = f"from opentrans_lab.devices import _die_with; _die_with({notebook.pid})"
+    watch = f"from opentrans_lab.experiments.devices import _die_with; _die_with({notebook.pid})"
     process = subprocess.Popen([sys.executable, "-c", watch])
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=10)
@@ -135,7 +135,7 @@ KILLED = """
 import sys
 from test_devices import LAB, PRUNING, RECIPE
 from dataclasses import replace
-from opentrans_lab.experiment import segment_stage
+from opentrans_lab.experiments.rows import segment_stage
 segment_stage(replace(LAB, devices=2), replace(RECIPE, steps=10_000), PRUNING)
 """
 
@@ -147,7 +147,7 @@ def test_processes_listen_on_the_loopback_alone_and_a_killed_notebook_leaves_non
     while b"step" not in (piece := os.read(parent.stderr.fileno(), 4096)):
         assert piece, "it ended before it trained"
     family = psutil.Process(parent.pid).children(recursive=True)
-    assert sum("opentrans_lab.devices" in " ".join(p.cmdline()) for p in family) >= 2
+    assert sum("opentrans_lab.experiments.devices" in " ".join(p.cmdline()) for p in family) >= 2
     sockets = [c for p in family for c in p.net_connections("inet")]
     listening = [c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN]
     assert listening and all(ip_address(ip).is_loopback for ip in listening)

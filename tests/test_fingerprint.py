@@ -16,25 +16,25 @@ from PIL import Image
 from test_benchmarks import BY_HAND, write
 from test_data import write_coco
 
-from opentrans_lab import fingerprint as module
-from opentrans_lab.backbone import RESNETS, load_backbone
-from opentrans_lab.batch import run_notebook
-from opentrans_lab.data import load_dataset
-from opentrans_lab.experiment import segment_params
-from opentrans_lab.files import mini_folder
-from opentrans_lab.fingerprint import fingerprint, looking_once
-from opentrans_lab.grids import Job
-from opentrans_lab.lab import Lab, stage_folder
-from opentrans_lab.prune import PruneConfig
-from opentrans_lab.results import PROJECT, Run, described, run_dir, run_key
-from opentrans_lab.sources import TAGS, data_files, identity, weights
-from opentrans_lab.stages import save_weights
-from opentrans_lab.tables import experiment, lines
-from opentrans_lab.tuning import Recipe
+from opentrans_lab.clip.backbone import RESNETS, load_backbone
+from opentrans_lab.data.datasets import load_dataset
+from opentrans_lab.experiments.lab import Lab, stage_folder
+from opentrans_lab.experiments.recipe import Recipe
+from opentrans_lab.experiments.rows import segment_params
+from opentrans_lab.experiments.starts import save_weights
+from opentrans_lab.files.fingerprint import fingerprint, looking_once
+from opentrans_lab.files.paths import fingerprint as module
+from opentrans_lab.files.paths import mini_folder
+from opentrans_lab.pruning.imp import PruneConfig
+from opentrans_lab.records import PROJECT, Run, described, run_dir, run_key
+from opentrans_lab.records.sources import TAGS, data_files, identity, weights
+from opentrans_lab.report.tables import experiment, lines
+from opentrans_lab.runs.batch import run_notebook
+from opentrans_lab.runs.grids import Job
 
 NOTEBOOK = PROJECT / "notebooks" / "03_transfer.ipynb"
 SETUP = (
-    "from opentrans_lab.results import Run\n"
+    "from opentrans_lab.records import Run\n"
     'run = Run("{stem}", dict(data_root=data_root, dataset=dataset, pictures=pictures))'
 )
 

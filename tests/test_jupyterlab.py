@@ -16,7 +16,7 @@ import urllib.request
 import nbformat
 import pytest
 
-from opentrans_lab.results import PROJECT
+from opentrans_lab.records import PROJECT
 
 SETTINGS = {
     # Cells that are out of sight must have outputs to look at; no dialog may be in the way.

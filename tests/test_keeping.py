@@ -13,11 +13,10 @@ from hypothesis import strategies as some
 from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 
-from opentrans_lab import keeping
 from opentrans_lab.errors import LabError
-from opentrans_lab.masks import Mask
-from opentrans_lab.topk import count
-from opentrans_lab.tower import prunable
+from opentrans_lab.masks.mask import Mask, keeping
+from opentrans_lab.masks.topk import count
+from opentrans_lab.masks.tower import prunable
 
 
 def make_tower():

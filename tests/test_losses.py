@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opentrans_lab import losses
 from opentrans_lab.errors import LabError
+from opentrans_lab.pruning import losses
 
 IMAGE = torch.tensor([0, 0, 0, 1, 1, 2])
 

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 from opentrans_lab.errors import LabError
-from opentrans_lab.masks import FORMAT, Mask
-from opentrans_lab.results import PROJECT
-from opentrans_lab.statedict import pack_bits
-from opentrans_lab.tower import FIRST, prunable
+from opentrans_lab.files.statedict import pack_bits
+from opentrans_lab.masks.mask import FORMAT, Mask
+from opentrans_lab.masks.tower import FIRST, prunable
+from opentrans_lab.records import PROJECT
 
 
 @pytest.fixture

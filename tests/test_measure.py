@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from opentrans_lab.errors import LabError
-from opentrans_lab.experiment import segment_stage
-from opentrans_lab.lab import Lab
-from opentrans_lab.measure import measure
-from opentrans_lab.prune import PruneConfig
-from opentrans_lab.tuning import Recipe
+from opentrans_lab.evaluation.measure import measure
+from opentrans_lab.experiments.lab import Lab
+from opentrans_lab.experiments.recipe import Recipe
+from opentrans_lab.experiments.rows import segment_stage
+from opentrans_lab.pruning.imp import PruneConfig
 
 CPU = dict(device="cpu")
 

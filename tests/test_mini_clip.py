@@ -5,17 +5,17 @@ import json
 import open_clip
 import torch
 
-from opentrans_lab import scenes
-from opentrans_lab.backbone import MINI, build_mini, load_backbone, mini_tokenizer
-from opentrans_lab.mini_clip import (
+from opentrans_lab.clip.backbone import MINI, build_mini, load_backbone, mini_tokenizer
+from opentrans_lab.clip.text import TEMPLATES
+from opentrans_lab.data.datasets import scenes
+from opentrans_lab.experiments.mini_clip import (
     MiniConfig,
     caption_batches,
     contrastive_loss,
     train_mini,
     zero_shot,
 )
-from opentrans_lab.results import PROJECT
-from opentrans_lab.text import TEMPLATES
+from opentrans_lab.records import PROJECT
 
 SHIPPED = PROJECT / "data" / "mini_clip"
 

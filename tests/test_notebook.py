@@ -11,11 +11,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opentrans_lab.batch import run_grid, run_notebook
 from opentrans_lab.cli import RunCommand, main
 from opentrans_lab.errors import LabError
-from opentrans_lab.grids import Job, complete, defaults, load_grid
-from opentrans_lab.results import load
+from opentrans_lab.records import load
+from opentrans_lab.runs.batch import run_grid, run_notebook
+from opentrans_lab.runs.grids import Job, complete, defaults, load_grid
 
 NUMBERS = itertools.count()
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))

@@ -18,16 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from opentrans_lab.batch import run_grid, run_notebook
 from opentrans_lab.cli import main
 from opentrans_lab.errors import LabError, shown
-from opentrans_lab.files import find_pictures
-from opentrans_lab.lab import cached
-from opentrans_lab.outputs import PICTURES, atomic_path, keep, writable
-from opentrans_lab.page import heading, run_page
-from opentrans_lab.report import build_report
-from opentrans_lab.results import Run, load, records, save_table
-from opentrans_lab.urls import FILE, Files, href, linked
+from opentrans_lab.experiments.lab import cached
+from opentrans_lab.files.outputs import PICTURES, atomic_path, keep, writable
+from opentrans_lab.files.paths import find_pictures
+from opentrans_lab.files.urls import FILE, Files, href, linked
+from opentrans_lab.records import Run, load, records, save_table
+from opentrans_lab.report.page import heading, run_page
+from opentrans_lab.report.site import build_report
+from opentrans_lab.runs.batch import run_grid, run_notebook
 
 ODD = b"{0} {a} 100% [b]*? $x$ #1 & <i>'\"\n\xe9"  # a name of a folder that Linux takes
 NAMES = (
@@ -207,7 +207,7 @@ def test_a_run_in_the_oddest_folder_is_run_recorded_and_linked(
     monkeypatch.setenv("OPENTRANS_RUNS", str(home / "runs"))
     monkeypatch.setenv("OPENTRANS_RESULTS", str(home / "results"))
     body = (
-        "from opentrans_lab.beside import _link\nfrom IPython.display import HTML",
+        "from opentrans_lab.report.side_by_side import _link\nfrom IPython.display import HTML",
         "print(run.dir)\nHTML(_link(str(run.dir.with_name(run.key)), 'here'))",
         "run.save({'value': seed}, **{'50% #1': __import__('pandas').DataFrame({'a': [1]})})",
     )

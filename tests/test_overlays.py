@@ -12,16 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from opentrans_lab import gallery, overlays, scenes
-from opentrans_lab.backbone import load_backbone
-from opentrans_lab.batch import run_notebook
-from opentrans_lab.data import load_dataset
+from opentrans_lab.clip.backbone import load_backbone
+from opentrans_lab.data.datasets import load_dataset, scenes
 from opentrans_lab.errors import LabError
-from opentrans_lab.files import find_pictures
-from opentrans_lab.frameworks import build
-from opentrans_lab.picture import segment
-from opentrans_lab.results import load
-from opentrans_lab.tuning import Recipe
+from opentrans_lab.evaluation.segment import segment
+from opentrans_lab.experiments import gallery
+from opentrans_lab.experiments.recipe import Recipe
+from opentrans_lab.figures import overlays
+from opentrans_lab.files.paths import find_pictures
+from opentrans_lab.heads.frameworks import build
+from opentrans_lab.records import load
+from opentrans_lab.runs.batch import run_notebook
 
 NAMES = ("grass", "striped red star")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "06_qualitative.ipynb"
@@ -58,7 +59,7 @@ def test_a_colour_is_of_the_name_alone_here_and_in_another_process():
     here = overlays.overlay(image, first, ("grass", "sky"))
     assert np.array_equal(here, overlays.overlay(image, second, ("zebra", "grass", "moon")))
     assert overlays.colour("Striped  red star ") == overlays.colour(NAMES[1])
-    code = "from opentrans_lab.overlays import colour; print(colour('grass'))"
+    code = "from opentrans_lab.figures.overlays import colour; print(colour('grass'))"
     seeded = os.environ | {"PYTHONHASHSEED": "7"}
     told = subprocess.run([sys.executable, "-c", code], env=seeded, capture_output=True, text=True)
     assert told.stdout.strip() == str(overlays.colour("grass")), told.stderr

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from opentrans_lab.backbone import load_backbone
-from opentrans_lab.data import load_dataset
-from opentrans_lab.evaluate import evaluate
-from opentrans_lab.experiment import segment_stage
-from opentrans_lab.frameworks import build
-from opentrans_lab.lab import Lab
-from opentrans_lab.parts import compare_parts, gain, part_table, picture_counts
-from opentrans_lab.prune import PruneConfig
-from opentrans_lab.tuning import Recipe
+from opentrans_lab.clip.backbone import load_backbone
+from opentrans_lab.data.datasets import load_dataset
+from opentrans_lab.evaluation.evaluate import evaluate
+from opentrans_lab.experiments.ensemble import compare_parts, gain, part_table, picture_counts
+from opentrans_lab.experiments.lab import Lab
+from opentrans_lab.experiments.recipe import Recipe
+from opentrans_lab.experiments.rows import segment_stage
+from opentrans_lab.heads.frameworks import build
+from opentrans_lab.pruning.imp import PruneConfig
 
 SIX = dict(limit=6, size=64)
 
@@ -104,5 +104,6 @@ def test_a_table_of_trained_rows_is_computed_once(monkeypatch):
     assert table["whole"].tolist()[:2] == pytest.approx(
         [done.metrics["seen"], done.metrics["unseen"]]
     )
-    monkeypatch.setattr("opentrans_lab.parts.picture_counts", None)  # is not needed again
+    # Is not needed again:
+    monkeypatch.setattr("opentrans_lab.experiments.ensemble.picture_counts", None)
     assert part_table(lab, recipe, pruning, "dense", draws=10).equals(table)

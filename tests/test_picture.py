@@ -6,15 +6,15 @@ import torch
 from PIL import Image
 
 import opentrans_lab
-from opentrans_lab import scenes
-from opentrans_lab.backbone import load_backbone
+from opentrans_lab.clip.backbone import load_backbone
+from opentrans_lab.data.datasets import scenes
 from opentrans_lab.errors import LabError
-from opentrans_lab.experiment import segment_stage
-from opentrans_lab.frameworks import build
-from opentrans_lab.lab import Lab
-from opentrans_lab.picture import newest, read_picture, segment
-from opentrans_lab.prune import PruneConfig
-from opentrans_lab.tuning import Recipe
+from opentrans_lab.evaluation.segment import newest, read_picture, segment
+from opentrans_lab.experiments.lab import Lab
+from opentrans_lab.experiments.recipe import Recipe
+from opentrans_lab.experiments.rows import segment_stage
+from opentrans_lab.heads.frameworks import build
+from opentrans_lab.pruning.imp import PruneConfig
 
 NAMES = ["striped red star", "grass", "plain blue circle"]
 

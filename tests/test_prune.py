@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opentrans_lab import scenes
-from opentrans_lab.backbone import (
+from opentrans_lab.clip.backbone import (
     MEAN,
     MINI,
     STD,
@@ -21,9 +20,11 @@ from opentrans_lab.backbone import (
     frozen_copy,
     mini_tokenizer,
 )
+from opentrans_lab.data.datasets import scenes
 from opentrans_lab.errors import LabError
-from opentrans_lab.masks import Mask
-from opentrans_lab.prune import (
+from opentrans_lab.masks.mask import Mask
+from opentrans_lab.masks.tower import prunable
+from opentrans_lab.pruning.imp import (
     PruneConfig,
     Student,
     distill,
@@ -31,7 +32,6 @@ from opentrans_lab.prune import (
     prune,
     wanda_scores,
 )
-from opentrans_lab.tower import prunable
 
 TINY = {
     **MINI,
@@ -130,7 +130,7 @@ def worker(out: str, drawn: str) -> None:
 def test_killed_ten_times_equals_uninterrupted(tmp_path):
     """SIGKILL at random moments, within rounds and between them: real processes, real files."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["opentrans_lab.prune", "opentrans_lab.scenes"])
+    context.set_forkserver_preload(["opentrans_lab.pruning.imp", "opentrans_lab.data.scenes"])
     drawn = tmp_path / "drawn"  # a byte a batch
 
     def run(name: str, steps: int | None = None, seconds: float = 0) -> int:

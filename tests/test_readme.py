@@ -16,8 +16,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from opentrans_lab import scenes
-from opentrans_lab.claims import (
+from opentrans_lab.costs.cost import printed_cells
+from opentrans_lab.costs.counter import meta_backbone
+from opentrans_lab.data.datasets import scenes
+from opentrans_lab.data.painter import COLOURS, SHAPES, STUFF, TEXTURES
+from opentrans_lab.heads.frameworks import FRAMEWORKS
+from opentrans_lab.masks.tower import prunable
+from opentrans_lab.pruning.transfer import ROWS, recalibrate
+from opentrans_lab.records import PROJECT, collect
+from opentrans_lab.report.claims import (
     KEPT,
     RANDOM,
     UNTRAINED,
@@ -26,14 +33,7 @@ from opentrans_lab.claims import (
     freezing_verdict,
     judged,
 )
-from opentrans_lab.cost import printed_cells
-from opentrans_lab.counter import meta_backbone
-from opentrans_lab.frameworks import FRAMEWORKS
-from opentrans_lab.painter import COLOURS, SHAPES, STUFF, TEXTURES
-from opentrans_lab.results import PROJECT, collect
-from opentrans_lab.tables import lines, summary
-from opentrans_lab.tower import prunable
-from opentrans_lab.transfer import ROWS, recalibrate
+from opentrans_lab.report.tables import lines, summary
 
 README = (PROJECT / "README.md").read_text()
 RECORDS = PROJECT / "results" / "bench"

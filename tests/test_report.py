@@ -16,14 +16,14 @@ import pandas as pd
 import pytest
 
 import opentrans_lab
-from opentrans_lab.batch import run_grid
-from opentrans_lab.beside import side_by_side
 from opentrans_lab.errors import LabError
-from opentrans_lab.grids import Job
-from opentrans_lab.page import MINI_LAB, duration, number, run_page
-from opentrans_lab.report import build_report
-from opentrans_lab.results import PROJECT, Run, load, run_dir
-from opentrans_lab.tables import styled
+from opentrans_lab.records import PROJECT, Run, load, run_dir
+from opentrans_lab.report.page import MINI_LAB, duration, number, run_page
+from opentrans_lab.report.side_by_side import side_by_side
+from opentrans_lab.report.site import build_report
+from opentrans_lab.report.tables import styled
+from opentrans_lab.runs.batch import run_grid
+from opentrans_lab.runs.grids import Job
 
 matplotlib.use("Agg")
 PLOT = """import pandas as pd
@@ -82,7 +82,7 @@ def test_every_link_resolves_inside_the_site(site):
 
 CELLS = ["2026-03-01", "1,000", "5144ce", "–", "2", "1e4", "-3.5 ± 1.0", "2026-01-02"]
 PATIENCE = 300_000  # milliseconds: a busy machine is no failure
-SORT = Path(opentrans_lab.__file__).parent / "site" / "sort.js"
+SORT = Path(opentrans_lab.__file__).parent / "report" / "site" / "sort.js"
 
 
 def on_a_phone(browser, *paths):

@@ -19,12 +19,10 @@ import pandas as pd
 import pytest
 import torch
 
-from opentrans_lab import results
-from opentrans_lab.campaign import publish
 from opentrans_lab.errors import LabError
-from opentrans_lab.grids import defaults
-from opentrans_lab.outputs import atomic_path
-from opentrans_lab.results import (
+from opentrans_lab.files.outputs import atomic_path
+from opentrans_lab.records import results
+from opentrans_lab.records import (
     PROJECT,
     Run,
     collect,
@@ -32,7 +30,9 @@ from opentrans_lab.results import (
     run_dir,
     run_key,
 )
-from opentrans_lab.tables import ADDED, lines, paper, summary
+from opentrans_lab.report.tables import ADDED, lines, paper, summary
+from opentrans_lab.runs.campaign import publish
+from opentrans_lab.runs.grids import defaults
 
 matplotlib.use("Agg")
 
@@ -48,7 +48,7 @@ def test_key_depends_on_names_and_values_only():
 
 
 def test_key_is_the_same_in_another_process():
-    code = "from opentrans_lab.results import run_key; print(run_key({'b': 1e-3, 'a': 'x'}))"
+    code = "from opentrans_lab.records import run_key; print(run_key({'b': 1e-3, 'a': 'x'}))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == run_key({"a": "x", "b": 0.001})
 

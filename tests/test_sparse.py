@@ -7,9 +7,9 @@ import torch
 from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import save_file
 
-from opentrans_lab import sparse
-from opentrans_lab.masks import Mask
-from opentrans_lab.statedict import pack_bits, read_state_dict, unpack_bits
+from opentrans_lab.costs import payoff as sparse
+from opentrans_lab.files.statedict import pack_bits, read_state_dict, unpack_bits
+from opentrans_lab.masks.mask import Mask
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opentrans_lab.backbone import load_backbone
-from opentrans_lab.claims import freezing_verdict, gains, judged, verdict
-from opentrans_lab.cost import training_cost
-from opentrans_lab.finetune import STAGES, freeze, unfreeze
-from opentrans_lab.frameworks import build
-from opentrans_lab.speed import savings, step_costs
+from opentrans_lab.clip.backbone import load_backbone
+from opentrans_lab.costs.cost import training_cost
+from opentrans_lab.costs.speed import savings, step_costs
+from opentrans_lab.finetuning.finetune import STAGES, freeze, unfreeze
+from opentrans_lab.heads.frameworks import build
+from opentrans_lab.report.claims import freezing_verdict, gains, judged, verdict
 
 FROZEN = {"none": [], "middle": ["layer3.0.conv2"], "prefix": ["stem", "layer1"]}
 MINI = {"size": (64, 64), "backbone": "mini", "preset": "mini"}

@@ -14,20 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opentrans_lab import scenes, tuning
-from opentrans_lab.backbone import Backbone, mini_folder
-from opentrans_lab.batch import run_notebook
+from opentrans_lab.clip.backbone import Backbone, mini_folder
+from opentrans_lab.data.datasets import scenes
 from opentrans_lab.errors import LabError, OutOfTime
-from opentrans_lab.experiment import segment_stage, transfer_table
-from opentrans_lab.finetune import SELECTIONS
-from opentrans_lab.lab import Lab, cached
-from opentrans_lab.prune import PruneConfig
-from opentrans_lab.results import runs_root
-from opentrans_lab.selection import selection_table, speed_table, together
-from opentrans_lab.stages import prune_stage, row_start
-from opentrans_lab.tower import prunable
-from opentrans_lab.transfer import ROWS, TRAINED
-from opentrans_lab.tuning import Recipe
+from opentrans_lab.experiments import recipe as tuning
+from opentrans_lab.experiments.lab import Lab, cached
+from opentrans_lab.experiments.recipe import Recipe
+from opentrans_lab.experiments.rows import segment_stage, transfer_table
+from opentrans_lab.experiments.selection import selection_table, speed_table, together
+from opentrans_lab.experiments.starts import prune_stage, row_start
+from opentrans_lab.finetuning.finetune import SELECTIONS
+from opentrans_lab.masks.tower import prunable
+from opentrans_lab.pruning.imp import PruneConfig
+from opentrans_lab.pruning.transfer import ROWS, TRAINED
+from opentrans_lab.records import runs_root
+from opentrans_lab.runs.batch import run_notebook
 
 LAB = Lab(device="cpu")
 PRUNING = PruneConfig(density=0.25, p=0.5, steps=1, batch_size=2)
@@ -158,7 +159,7 @@ def test_forced_work_is_done_once_though_a_clock_is_behind(monkeypatch):
 def test_who_waits_for_a_stage_says_so_and_stops_at_the_deadline(monkeypatch, capsys):
     """The other process is real, and holds the stage until it is told to end."""
     code = (
-        "import sys; from opentrans_lab.lab import cached\n"
+        "import sys; from opentrans_lab.experiments.lab import cached\n"
         "def work(folder): print('begun', flush=True); sys.stdin.read(); return {'n': 1}\n"
         "cached('slow', {'a': 1}, work)"
     )
@@ -260,7 +261,7 @@ def test_no_unseen_pixel_or_region_enters_training(monkeypatch):
         words.append(set(names))
         return text(self, names, *args)
 
-    monkeypatch.setattr("opentrans_lab.data.scenes.render", watch)
+    monkeypatch.setattr("opentrans_lab.data.datasets.scenes.render", watch)
     monkeypatch.setattr(Backbone, "text", listen)
     monkeypatch.setattr(tuning, "_evaluate", lambda *_: {})
     pruning = replace(PRUNING, seed=77)

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opentrans_lab import scenes, text
-from opentrans_lab.backbone import MINI, build_mini, mini_tokenizer
+from opentrans_lab.clip import text
+from opentrans_lab.clip.backbone import MINI, build_mini, mini_tokenizer
+from opentrans_lab.clip.text import TEMPLATES, TextEncoder, find_templates
+from opentrans_lab.data.datasets import scenes
 from opentrans_lab.errors import LabError
-from opentrans_lab.text import TEMPLATES, TextEncoder, find_templates
 
 CPU = torch.device("cpu")
 NAMES = ("striped red star", "grass", "solid blue ring")

@@ -17,11 +17,11 @@ import psutil
 import pytest
 from dask.system import CPU_COUNT
 
-from opentrans_lab.batch import run_grid
 from opentrans_lab.errors import LabError
-from opentrans_lab.grids import Job
-from opentrans_lab.results import PROJECT, load
-from opentrans_lab.workers import THREADS, share
+from opentrans_lab.records import PROJECT, load
+from opentrans_lab.runs.batch import run_grid
+from opentrans_lab.runs.grids import Job
+from opentrans_lab.runs.workers import THREADS, share
 
 SAVE = 'run.save({"value": seed * scale, "threads": __import__("os").environ["OMP_NUM_THREADS"]})'
 WAIT = """
@@ -97,7 +97,7 @@ def test_two_workers_give_what_one_gives(
     tmp_path, runs, write_notebook, monkeypatch, environment, capsys
 ):
     tiny = write_notebook(tmp_path / "01_tiny.ipynb", SAVE)
-    reads = "from opentrans_lab.results import collect\nrun.save({'seen': len(collect('01_tiny'))})"
+    reads = "from opentrans_lab.records import collect\nrun.save({'seen': len(collect('01_tiny'))})"
     last = write_notebook(tmp_path / "02_last.ipynb", reads)
     jobs = [Job(tiny, {"seed": s}) for s in range(3)] + [Job(last, {}, True)]
     found = {}

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
-from ..backbone import Backbone
 from ..checks import choose
+from ..clip.backbone import Backbone
+from ..clip.text import ClassNames, best_name, flat_names
+from ..data.scenes import IGNORE
 from ..errors import LabError
-from ..processes import shared_mean
-from ..scenes import IGNORE
-from ..text import ClassNames, best_name, flat_names
+from ..train.processes import shared_mean
 from .inference import cut, pad
 
 

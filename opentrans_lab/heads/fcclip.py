@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 
-from ..backbone import Backbone
 from ..checks import choose
-from ..processes import Chance
-from ..text import ClassNames, best_name, flat_names
+from ..clip.backbone import Backbone
+from ..clip.text import ClassNames, best_name, flat_names
+from ..train.processes import Chance
 from .mask2former import MaskFramework, Preset, full_precision, regions
 
 PRESETS = {

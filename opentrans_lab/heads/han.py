@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import Backbone, frozen_copy
 from ..checks import choose
-from ..losses import cap_regions, crop_regions, kd_loss, region_images
-from ..processes import Chance
-from ..text import ClassNames, first_names
+from ..clip.backbone import Backbone, frozen_copy
+from ..clip.text import ClassNames, first_names
+from ..pruning.losses import cap_regions, crop_regions, kd_loss, region_images
+from ..train.processes import Chance
 from .mask2former import MaskFramework, Preset, regions
 
 KD_WEIGHT = 2.0

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import GREY
-from ..scenes import IGNORE
+from ..data.scenes import IGNORE
+from ..pruning.losses import GREY
 
 STRIDE = 32  # of the coarsest map
 

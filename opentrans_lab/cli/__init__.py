@@ -1,0 +1,5 @@
+"""``opentrans-lab``: commands, nothing else."""
+
+from .main import main
+
+__all__ = ["main"]

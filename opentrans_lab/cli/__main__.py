@@ -1,0 +1,5 @@
+"""``python -m opentrans_lab.cli``."""
+
+from . import main
+
+main()

@@ -1,0 +1,149 @@
+"""Data sets by their key: ``load_dataset("scenes", "val")``. What they yield: see ``loader``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ..checks import Count, checked, choose
+from ..device import pick
+from ..files.paths import unreadable
+from . import scenes
+from .benchmarks import BENCHMARKS, BenchmarkFiles, benchmark_places
+from .layouts import CocoPanoptic, Folder
+from .loader import Batch, Dataset, check_split
+from .scenes import IGNORE
+
+__all__ = ["DATASETS", "IGNORE", "Batch", "Dataset", "Scenes", "load_dataset"]
+
+
+@checked
+def load_dataset(
+    dataset: str,
+    split: str = "train",
+    data_root: str | Path | None = None,
+    size: Count | None = None,
+    limit: Count | None = None,
+    jitter: bool = False,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> Dataset:
+    """Open one split of a data set by its key in ``DATASETS``.
+
+    Args:
+        split: ``train`` or ``val``; ``scenes`` also has ``shifted``, and ``folder`` has whatever
+            folders lie in ``images/``.
+        data_root: the data set's folder; else the environment variable OPENTRANS_DATA, for
+            the benchmarks also DETECTRON2_DATASETS.
+        size: side of the square training images (default 512, ``scenes`` 128). In evaluation the
+            shorter side of the image (default: as it is on disk).
+        limit: use the first ``limit`` samples only. Scenes in training are endless without it.
+        jitter: large-scale jitter in training (0.1 to 2 times ``size``); not for ``scenes``.
+        on_error: ``"skip"`` leaves out what is missing or cannot be read in evaluation, and lists
+            it in ``.skipped``; ``"raise"`` stops. Training always stops.
+
+    Empty values (``None``, 0, ``""``) mean the default.
+
+    Raises:
+        LabError: unknown data set or split, or files that are missing or contradict each other.
+    """
+    choose("dataset", dataset, DATASETS)
+    try:
+        data = DATASETS[dataset](split, data_root or None, size or None, limit or None)
+    except OSError as error:
+        raise unreadable(error) from error
+    data.jitter, data.on_error = jitter, on_error
+    if on_error == "raise":
+        data.complete()
+    return data
+
+
+def places(dataset: str) -> list[str]:
+    """Where under its root the files of a data set lie, of all its splits; nowhere for others."""
+    if dataset in BENCHMARKS:
+        return benchmark_places(dataset)
+    if dataset == "coco":
+        return [
+            os.path.join(folder, place.format(split=split))
+            for folder in ("", "coco")
+            for place in CocoPanoptic.PLACES
+            for split in ("train", "val")
+        ]
+    return list(Folder.PLACES) if dataset == "folder" else []
+
+
+class Scenes(Dataset):
+    """The procedural world, rendered on the device that asks for it.
+
+    ``train`` shows seen names only, and its vocabulary holds no other. ``val`` and ``shifted``
+    (other backgrounds, noise and scales) have all 200 names. No scene is in two splits.
+    """
+
+    SPLITS = {"train": ("base", "seen"), "val": ("base", "all"), "shifted": ("shifted", "all")}
+    ALL = 2**31  # scenes of one world that are told apart
+    EVALUATED = 512  # without a limit
+    instances = True
+
+    def __init__(self, split: str, data_root: object, size: int | None, limit: int | None) -> None:
+        check_split(split, self.SPLITS, "scenes")
+        self.split, self.size = split, size or 128
+        self.world = 1 + list(self.SPLITS).index(split)
+        self.domain, self.pool = self.SPLITS[split]
+        self.endless = split == "train" and limit is None
+        self.length = limit or (self.ALL if self.endless else self.EVALUATED)
+        seen = torch.tensor(scenes.SEEN)
+        kept = seen if self.pool == "seen" else torch.ones_like(seen)
+        self.names = tuple(n for n, k in zip(scenes.CLASSES, kept.tolist(), strict=True) if k)
+        self.prompts = self.names
+        self.seen = seen[kept]
+        self.things = (torch.arange(len(seen)) < len(scenes.THINGS))[kept]
+        self.ids = torch.where(kept, kept.cumsum(0) - 1, IGNORE)  # index into CLASSES -> class id
+        amount = "endless" if self.endless else f"{self.length} images"
+        self.title = f"mini lab scenes ({split}, {amount})"
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        train: bool = True,
+        device: str | torch.device = "cpu",
+        share: tuple[int, int] = (0, 1),
+        regions: bool = True,
+    ) -> Iterator[Batch]:
+        device = pick(device)
+        ids = torch.cat([self.ids, torch.tensor([IGNORE])]).to(device)  # label -1 -> the last
+        if train and self.endless:
+            indices = (
+                np.random.default_rng([seed, 0, step]).integers(self.ALL, size=batch_size).tolist()
+                for step in count(start)
+            )
+        else:
+            keys = self._keys(batch_size, seed, start, train, share)
+            indices = ([index for index, _ in step] for step in keys)
+        for chosen in indices:
+            drawn = scenes.render(
+                chosen, self.size, self.world, self.domain, self.pool, device=device
+            )
+            yield {
+                "images": drawn.images,
+                "labels": ids[drawn.labels],
+                "masks": drawn.masks,
+                "classes": [ids[c] for c in drawn.classes],
+                "names": self.names,
+                "files": [f"{self.split}/{index:010d}" for index in chosen],
+            }
+
+
+DATASETS = {
+    "scenes": Scenes,
+    "coco": CocoPanoptic,
+    **{key: partial(BenchmarkFiles, key) for key in BENCHMARKS},
+    "folder": Folder,
+}
