@@ -8,8 +8,9 @@ import pytest
 
 from opentrans_lab.costs.cost import printed_cells
 from opentrans_lab.figures import charts
+from opentrans_lab.records.paper import paper
 from opentrans_lab.report.claims import CLAIMS, KEPT, RANDOM, UNTESTED, claim_table, compared
-from opentrans_lab.report.tables import cost_points, paper, paper_points
+from opentrans_lab.report.tables import cost_points, paper_points
 
 FRAMEWORKS = ("a", "b")
 NOTHING = pd.DataFrame()

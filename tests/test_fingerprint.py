@@ -24,7 +24,7 @@ from opentrans_lab.experiments.rows import segment_params
 from opentrans_lab.experiments.starts import save_weights
 from opentrans_lab.files.fingerprint import fingerprint, looking_once
 from opentrans_lab.files.paths import fingerprint as module
-from opentrans_lab.files.paths import mini_folder
+from opentrans_lab.files.shipped import mini_folder
 from opentrans_lab.pruning.imp import PruneConfig
 from opentrans_lab.records import PROJECT, Run, described, run_dir, run_key
 from opentrans_lab.records.sources import TAGS, data_files, identity, weights

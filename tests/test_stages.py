@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opentrans_lab.clip.backbone import Backbone, mini_folder
+from opentrans_lab.clip.backbone import Backbone
 from opentrans_lab.data.datasets import scenes
 from opentrans_lab.errors import LabError, OutOfTime
 from opentrans_lab.experiments import recipe as tuning
@@ -23,6 +23,7 @@ from opentrans_lab.experiments.recipe import Recipe
 from opentrans_lab.experiments.rows import segment_stage, transfer_table
 from opentrans_lab.experiments.selection import selection_table, speed_table, together
 from opentrans_lab.experiments.starts import prune_stage, row_start
+from opentrans_lab.files.shipped import mini_folder
 from opentrans_lab.finetuning.finetune import SELECTIONS
 from opentrans_lab.masks.tower import prunable
 from opentrans_lab.pruning.imp import PruneConfig

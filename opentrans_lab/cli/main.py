@@ -167,7 +167,7 @@ class NotebooksCommand:
     """A new or empty one."""
 
     def __call__(self) -> int:
-        from ..files.paths import copy_shipped
+        from ..files.shipped import copy_shipped
 
         print(f"notebooks: {copy_shipped('notebooks', self.folder)}; start with 00_index.ipynb")
         return 0

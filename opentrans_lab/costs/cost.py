@@ -25,7 +25,7 @@ from ..errors import LabError
 from ..finetuning.finetune import STAGES, stage_of
 from ..heads.frameworks import FRAMEWORKS
 from ..masks.mask import Mask
-from ..report.tables import paper
+from ..records.paper import paper
 from .counter import (
     OUTSIDE,
     Counted,

@@ -6,9 +6,7 @@ import csv
 import glob
 import os
 import shlex
-import shutil
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 
 from ..errors import LabError
@@ -17,27 +15,6 @@ DATA_VARIABLES = ("OPENTRANS_DATA", "DETECTRON2_DATASETS")  # the second for ben
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LEFT_BEHIND = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin",
                "lost+found", "system volume information")  # fmt: skip
-
-
-def shipped(path: str) -> Path:
-    """A file or folder that travels with the library, such as ``"data/paper"`` or ``"notebooks"``.
-
-    The same in a checkout, where these lie at the top, and in an installed wheel, which has copies.
-    """
-    return Path(str(resources.files("opentrans_lab").joinpath("_shipped", path))).resolve()
-
-
-def copy_shipped(path: str, folder: Path) -> Path:
-    """Copy what :func:`shipped` names into ``folder``, which must be new or empty; returns it.
-
-    Raises:
-        LabError: there is something already.
-    """
-    folder = folder.expanduser()
-    if folder.exists() and there(folder):
-        raise LabError(f"{folder} is not empty; name a new folder: nothing of yours is overwritten")
-    left_out = shutil.ignore_patterns(".*", "__pycache__")
-    return Path(shutil.copytree(shipped(path), folder, ignore=left_out, dirs_exist_ok=True))
 
 
 def entries(folder: Path | str) -> list[str]:
@@ -184,12 +161,6 @@ def find_root(key: str, given: str | Path | None, layout: str) -> Path:
     if not Path(value).expanduser().is_dir():
         raise LabError(f"{source}={value} is not a folder: {layout}")
     return Path(value).expanduser()
-
-
-def mini_folder(checkpoint: str = "") -> Path:
-    """Where the mini CLIP is: ``checkpoint``, ``$OPENTRANS_MINI_CLIP``, or the project's own."""
-    named = checkpoint or os.environ.get("OPENTRANS_MINI_CLIP") or shipped("data/mini_clip")
-    return Path(named).expanduser()
 
 
 def find_pictures(text: str) -> list[Path]:

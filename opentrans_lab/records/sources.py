@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..errors import LabError
 from ..files.fingerprint import digest, fingerprint
-from ..files.paths import find_pictures, mini_folder, named_root
+from ..files.paths import find_pictures, named_root
+from ..files.shipped import mini_folder
 
 SHIPPED = (
     "497a452f74d835aa651ae2da61a56d7a1f84bc3d8f0be94930356a90bec28d64",

@@ -17,7 +17,8 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from ..files.urls import href
-from .tables import HEADS_LEFT, half_width, main_setting, paper
+from ..records.paper import paper
+from .tables import HEADS_LEFT, half_width, main_setting
 
 OURS = {"dense": "dense", "random": "random_layerwise", "ours": "ours"}  # Table 1's rows as ours
 HAS = {  # Table 4's lines as ours

@@ -17,10 +17,10 @@ from pandas.errors import EmptyDataError
 
 from ..errors import LabError
 from ..files.outputs import at_home, writable_folder
-from ..files.paths import shipped
+from ..files.shipped import shipped
 from ..files.urls import href
+from ..records.notebook import defaults
 from ..records.results import put, read_table, records, revision, runs_root, writable_runs
-from ..runs.grids import defaults
 from .page import (
     BACK,
     TO_NOTEBOOK,

@@ -9,8 +9,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 from scipy.stats import t as student_t
 
-from ..errors import LabError
-from ..files.paths import shipped
+from ..records.paper import paper
 from ..records.results import described, read_table, records, run_key
 from ..records.sources import identity
 
@@ -151,31 +150,6 @@ def styled(found: pd.DataFrame, caption: str) -> Styler:
         lambda value: f"{value:g}" if isinstance(value, float) else value, escape="html"
     )
     return look.format(precision=1, na_rep="–", subset=numbers)
-
-
-def paper(name: str) -> pd.DataFrame:
-    """One of the paper's tables in tidy form (``data/paper/<name>.csv``: one number a row).
-
-    Raises:
-        LabError: no such table.
-    """
-    path = shipped(f"data/paper/{name}.csv")
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv")))
-        raise LabError(f"the paper's {name!r} is not in data/paper; choose one of: {known}")
-    return read_table(path)
-
-
-def paper_wide(name: str) -> pd.DataFrame:
-    """A paper's table as it is printed: a line a system, a column a data set or metric."""
-    table = paper(name)
-    table["column"] = (
-        table["dataset"].fillna(table["metric"]) if "dataset" in table else table["metric"]
-    )
-    about = {"dataset", "metric", "value", "unit", "source", "column", "backbone", "training_set"}
-    lines = [c for c in table if c not in about]
-    table[lines] = table[lines].fillna("")
-    return table.pivot_table("value", lines, "column", sort=False)
 
 
 def cost_points(

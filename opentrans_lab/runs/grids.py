@@ -12,7 +12,7 @@ from typing import NamedTuple
 import yaml
 
 from ..errors import LabError
-from ..files.paths import shipped
+from ..files.shipped import shipped
 from ..records.notebook import SWITCHES, defaults, given_in_types
 from ..records.results import run_dir
 from ..records.sources import absolute
