@@ -2,15 +2,34 @@
 
     import opentrans_lab
     opentrans_lab.segment("photo.jpg", ["zebra", "grass", "sky"]).overlay
+
+What people come for, each from the room that holds it (docs/house.md shows all rooms).
 """
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+_FACE = {
+    "segment": "evaluation",
+    "load_backbone": "clip",
+    "Mask": "masks",
+    "prune": "pruning",
+    "layer_alphas": "alpha",
+    "select_layers": "finetuning",
+    "freeze": "finetuning",
+    "build": "heads",
+    "evaluate": "evaluation",
+    "cost": "costs",
+}
+__all__ = [*_FACE]
 
 
 def __getattr__(name: str):
-    """``segment`` when it is asked for: a command such as --help shall not wait for torch."""
-    if name == "segment":
-        from .evaluation.segment import segment
-
-        return segment
+    """A name of the face when it is asked for, so that --help need not wait for torch."""
+    if name in _FACE:
+        return getattr(import_module(f".{_FACE[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_FACE]

@@ -28,8 +28,8 @@ import psutil
 import torch
 from torch import nn
 
+from opentrans_lab.alpha import layers
 from opentrans_lab.alpha.alphas import esd, fit_alpha, layer_alphas
-from opentrans_lab.alpha.layers import layers
 
 POOL = ("attnpool",)  # not a convolution: 55 layers are the paper's tower
 

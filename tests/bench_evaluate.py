@@ -12,7 +12,7 @@ import torch
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from opentrans_lab.device import pick
-from opentrans_lab.evaluation.evaluate import confusion, predict
+from opentrans_lab.evaluation import confusion, predict
 
 CLASSES, SIDE, ROUNDS = 847, 640, 7
 

@@ -18,9 +18,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from opentrans_lab.costs.payoff import Trunk
-from opentrans_lab.masks.mask import Mask
-from opentrans_lab.masks.tower import prunable
-from opentrans_lab.pruning.imp import PruneConfig
+from opentrans_lab.masks import Mask, prunable
+from opentrans_lab.pruning import PruneConfig
 
 STEPS, SIZE, BATCH = 6, 224, 4
 

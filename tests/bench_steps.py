@@ -15,13 +15,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from opentrans_lab.alpha.alphas import AUTHORS_FROZEN
-from opentrans_lab.clip.backbone import load_backbone
+from opentrans_lab.alpha import AUTHORS_FROZEN
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.costs import savings, step_costs
 from opentrans_lab.costs.counter import on_meta
-from opentrans_lab.costs.speed import savings, step_costs
 from opentrans_lab.device import pick
-from opentrans_lab.files.outputs import atomic_path
-from opentrans_lab.heads.frameworks import build
+from opentrans_lab.files import atomic_path
+from opentrans_lab.heads import build
 
 AIM = 20.0  # percent of the trunk's step that a frozen prefix saves
 SELECTIONS = {"none": [], "low_alpha": AUTHORS_FROZEN, "prefix": ["stem", "layer1"]}

@@ -18,13 +18,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from opentrans_lab.clip.backbone import load_backbone
-from opentrans_lab.data.datasets import load_dataset
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.data import load_dataset
 from opentrans_lab.device import pick
 from opentrans_lab.evaluation.evaluate import confusion, miou, predict
 from opentrans_lab.figures import overlays
-from opentrans_lab.heads.frameworks import FRAMEWORKS, build
-from opentrans_lab.train.loop import TrainConfig, fit
+from opentrans_lab.heads import FRAMEWORKS, build
+from opentrans_lab.train import TrainConfig, fit
 
 SIZE, IMAGES, STEPS, GOAL = 192, 8, {"deeplabv3": 120, "han": 500, "fcclip": 500}, 50.0
 

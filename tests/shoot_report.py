@@ -17,10 +17,10 @@ import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from opentrans_lab.files.outputs import atomic_path
+from opentrans_lab.files import atomic_path
 from opentrans_lab.records import PROJECT
-from opentrans_lab.report.site import build_report
-from opentrans_lab.runs.batch import run_notebook
+from opentrans_lab.report import build_report
+from opentrans_lab.runs import run_notebook
 
 CLAIMS = "claims"
 WIDE = 960  # pixels

@@ -26,7 +26,7 @@ from opentrans_lab.clip.backbone import (
     trunk,
 )
 from opentrans_lab.errors import LabError
-from opentrans_lab.masks.mask import Mask
+from opentrans_lab.masks import Mask
 
 NAMES = ["dog", "traffic light", "grass"]
 FORMS = {

@@ -15,7 +15,7 @@ import pytest
 
 from opentrans_lab.errors import LabError
 from opentrans_lab.records import run_dir
-from opentrans_lab.runs.batch import run_grid, run_notebook
+from opentrans_lab.runs import run_grid, run_notebook
 from opentrans_lab.runs.grids import Job, complete, defaults, load_grid
 from opentrans_lab.runs.job import _alive
 

@@ -13,12 +13,12 @@ from scipy.io import savemat
 from torchvision import tv_tensors
 
 from opentrans_lab.cli import main
+from opentrans_lab.data import DATASETS, IGNORE, load_dataset
 from opentrans_lab.data.benchmarks import BENCHMARKS
-from opentrans_lab.data.datasets import DATASETS, IGNORE, load_dataset
 from opentrans_lab.data.layouts import read_class_names
 from opentrans_lab.data.transforms import floored
 from opentrans_lab.errors import LabError
-from opentrans_lab.evaluation.datacheck import check
+from opentrans_lab.evaluation import check
 
 REAL = Path(os.environ.get("OPENTRANS_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 SIZES = {"cityscapes": 19, "ade150": 150, "ade847": 847, "voc20": 20, "voc21": 21, "pc59": 59,

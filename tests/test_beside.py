@@ -10,14 +10,12 @@ from urllib.parse import urlsplit
 import pandas as pd
 import pytest
 
-from opentrans_lab.costs.cost import printed_cells
-from opentrans_lab.records import PROJECT, Run, load
-from opentrans_lab.records.paper import paper
+from opentrans_lab.costs import printed_cells
+from opentrans_lab.records import PROJECT, Run, load, paper
+from opentrans_lab.report import as_csv, build_report, cells, side_by_side
 from opentrans_lab.report.claims import UNTESTED
-from opentrans_lab.report.side_by_side import as_csv, cells, side_by_side
-from opentrans_lab.report.site import build_report
 from opentrans_lab.report.tables import lines, main_setting
-from opentrans_lab.runs.batch import run_notebook
+from opentrans_lab.runs import run_notebook
 
 ROWS = ("dense", "ours", "random_layerwise")
 NONE = pd.DataFrame()

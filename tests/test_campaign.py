@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 
 from opentrans_lab.errors import LabError
-from opentrans_lab.heads.frameworks import FRAMEWORKS
+from opentrans_lab.heads import FRAMEWORKS
+from opentrans_lab.pruning import ROWS
 from opentrans_lab.pruning.imp import TERMS
-from opentrans_lab.pruning.transfer import ROWS
 from opentrans_lab.records import PROJECT, Run, load, results_root, run_dir
-from opentrans_lab.runs.batch import run_grid
+from opentrans_lab.runs import run_grid
 from opentrans_lab.runs.campaign import campaign, missing_first, outlook, publish
 from opentrans_lab.runs.grids import Job, complete, load_grid
 

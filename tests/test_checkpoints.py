@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
-from opentrans_lab.alpha.alphas import layer_alphas
+from opentrans_lab.alpha import layer_alphas
 from opentrans_lab.cli.maskfiles import apply_to_file
-from opentrans_lab.clip.backbone import load_backbone
+from opentrans_lab.clip import load_backbone
 from opentrans_lab.errors import LabError
 from opentrans_lab.evaluation.segment import segment
-from opentrans_lab.files.statedict import read_state_dict
-from opentrans_lab.heads.frameworks import build
-from opentrans_lab.masks.mask import Mask
+from opentrans_lab.files import read_state_dict
+from opentrans_lab.heads import build
+from opentrans_lab.masks import Mask
 from opentrans_lab.records import PROJECT
 
 SHIPPED = PROJECT / "data" / "mini_clip"

@@ -18,16 +18,14 @@ from torch import nn
 from opentrans_lab.alpha.alphas import layer_alphas, layer_spectra, sensitivity
 from opentrans_lab.checks import Part, Positive, Rate, Seed, Share, checked
 from opentrans_lab.cli import main
-from opentrans_lab.costs.speed import step_costs
-from opentrans_lab.data.datasets import load_dataset
+from opentrans_lab.costs import step_costs
+from opentrans_lab.data import load_dataset
 from opentrans_lab.errors import LabError
-from opentrans_lab.experiments.lab import Lab
-from opentrans_lab.experiments.mini_clip import MiniConfig
-from opentrans_lab.experiments.recipe import Recipe
-from opentrans_lab.finetuning.finetune import freeze
-from opentrans_lab.pruning.imp import PruneConfig
-from opentrans_lab.runs.batch import run_grid
-from opentrans_lab.train.loop import TrainConfig
+from opentrans_lab.experiments import Lab, MiniConfig, Recipe
+from opentrans_lab.finetuning import freeze
+from opentrans_lab.pruning import PruneConfig
+from opentrans_lab.runs import run_grid
+from opentrans_lab.train import TrainConfig
 
 STATE = {
     "conv1.weight": torch.randn(30, 3, 3, 3),

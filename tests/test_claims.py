@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opentrans_lab.costs.cost import printed_cells
+from opentrans_lab.costs import printed_cells
 from opentrans_lab.figures import charts
-from opentrans_lab.records.paper import paper
+from opentrans_lab.records import paper
 from opentrans_lab.report.claims import CLAIMS, KEPT, RANDOM, UNTESTED, claim_table, compared
 from opentrans_lab.report.tables import cost_points, paper_points
 

@@ -102,7 +102,7 @@ def test_alpha_of_the_mini_and_of_a_bare_file(tmp_path):
     import pandas as pd
     from safetensors.torch import save_file
 
-    from opentrans_lab.clip.backbone import load_backbone
+    from opentrans_lab.clip import load_backbone
 
     tower = load_backbone("mini", device="cpu").visual
     file = tmp_path / "tower.safetensors"
@@ -192,7 +192,7 @@ def mask_files(tmp_path):
     import torch
     from open_clip.modified_resnet import ModifiedResNet
 
-    from opentrans_lab.masks.mask import Mask
+    from opentrans_lab.masks import Mask
 
     tower = ModifiedResNet((1, 1, 1, 1), output_dim=16, heads=4, image_size=64, width=8)
     mask = Mask(Mask.random_global(tower, 3000), loss="L_KD both", seed=3)
@@ -204,8 +204,8 @@ def mask_files(tmp_path):
 
 
 def test_mask_commands_describe_apply_and_convert(command, tmp_path, mask_files):
-    from opentrans_lab.files.statedict import read_state_dict
-    from opentrans_lab.masks.mask import Mask
+    from opentrans_lab.files import read_state_dict
+    from opentrans_lab.masks import Mask
 
     mask, tower = mask_files
     told = command("mask", "info", "m.safetensors")

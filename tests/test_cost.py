@@ -6,10 +6,9 @@ from torch import nn
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as m2f
 
-from opentrans_lab.alpha.alphas import AUTHORS_FROZEN
-from opentrans_lab.clip.backbone import load_backbone
-from opentrans_lab.costs import recipes
-from opentrans_lab.costs.cost import cost, training_cost
+from opentrans_lab.alpha import AUTHORS_FROZEN
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.costs import cost, recipes, training_cost
 from opentrans_lab.costs.counter import (
     convolutions,
     count,
@@ -23,9 +22,9 @@ from opentrans_lab.costs.counter import (
     trace,
 )
 from opentrans_lab.errors import LabError
+from opentrans_lab.heads import FRAMEWORKS
 from opentrans_lab.heads.deeplabv3 import DeepLabV3
-from opentrans_lab.heads.frameworks import FRAMEWORKS
-from opentrans_lab.masks.mask import Mask
+from opentrans_lab.masks import Mask
 
 GIGA, NUMBERS = 1e9, ["params", "macs", "sparse_params", "sparse_macs"]
 

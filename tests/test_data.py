@@ -19,7 +19,7 @@ from opentrans_lab.data.datasets import DATASETS, IGNORE, load_dataset, scenes
 from opentrans_lab.data.layouts import read_class_names
 from opentrans_lab.data.loader import Look
 from opentrans_lab.errors import LabError
-from opentrans_lab.experiments.lab import Lab
+from opentrans_lab.experiments import Lab
 
 REAL = Path(os.environ.get("OPENTRANS_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -18,12 +18,9 @@ import pytest
 
 from opentrans_lab.errors import LabError, OutOfTime
 from opentrans_lab.evaluation import evaluate
-from opentrans_lab.experiments.devices import check_shares
-from opentrans_lab.experiments.lab import Lab
-from opentrans_lab.experiments.recipe import Recipe
-from opentrans_lab.experiments.rows import segment_stage
-from opentrans_lab.pruning.imp import PruneConfig
-from opentrans_lab.runs.batch import run_notebook
+from opentrans_lab.experiments import Lab, Recipe, check_shares, segment_stage
+from opentrans_lab.pruning import PruneConfig
+from opentrans_lab.runs import run_notebook
 from opentrans_lab.runs.job import _alive
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "03_transfer.ipynb"
@@ -135,7 +132,7 @@ KILLED = """
 import sys
 from test_devices import LAB, PRUNING, RECIPE
 from dataclasses import replace
-from opentrans_lab.experiments.rows import segment_stage
+from opentrans_lab.experiments import segment_stage
 segment_stage(replace(LAB, devices=2), replace(RECIPE, steps=10_000), PRUNING)
 """
 

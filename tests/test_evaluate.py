@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from opentrans_lab.data.datasets import IGNORE, load_dataset
+from opentrans_lab.data import IGNORE, load_dataset
 from opentrans_lab.errors import LabError
 from opentrans_lab.evaluation import evaluate as module
 from opentrans_lab.evaluation.evaluate import confusion, evaluate, miou, predict, summarise
@@ -227,8 +227,8 @@ def test_they_agree_on_adversarial_cases(case):
 SHARED = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
-from opentrans_lab.data.datasets import load_dataset
-from opentrans_lab.evaluation.evaluate import evaluate
+from opentrans_lab.data import load_dataset
+from opentrans_lab.evaluation import evaluate
 sys.path.insert(0, sys.argv[1])
 from test_evaluate import ByColour
 dist.init_process_group("gloo")
@@ -336,8 +336,8 @@ def test_windows_that_do_not_fit_are_refused(grey_folder):
 MEMORY = """
 import re, torch
 from pathlib import Path
-from opentrans_lab.data.datasets import load_dataset
-from opentrans_lab.evaluation.evaluate import evaluate
+from opentrans_lab.data import load_dataset
+from opentrans_lab.evaluation import evaluate
 names = [f"{i}" for i in range(847)]
 class Heavy(torch.nn.Module):
     def scores(self, images, class_names):

@@ -12,17 +12,17 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
-from opentrans_lab.alpha.alphas import layer_alphas
-from opentrans_lab.clip.backbone import load_backbone
+from opentrans_lab.alpha import layer_alphas
+from opentrans_lab.clip import load_backbone
 from opentrans_lab.errors import LabError
-from opentrans_lab.finetuning.finetune import (
+from opentrans_lab.finetuning import (
     STAGES,
     freeze,
     hold_norms,
     select_layers,
     unfreeze,
 )
-from opentrans_lab.masks.mask import Mask
+from opentrans_lab.masks import Mask
 
 ALPHAS = pd.DataFrame({"name": list("abcdefg"), "alpha": [3.0, 1.5, np.nan, 6.0, 2.0, 4.0, 5.0]})
 

@@ -17,19 +17,16 @@ from test_benchmarks import BY_HAND, write
 from test_data import write_coco
 
 from opentrans_lab.clip.backbone import RESNETS, load_backbone
-from opentrans_lab.data.datasets import load_dataset
-from opentrans_lab.experiments.lab import Lab, stage_folder
-from opentrans_lab.experiments.recipe import Recipe
-from opentrans_lab.experiments.rows import segment_params
+from opentrans_lab.data import load_dataset
+from opentrans_lab.experiments import Lab, Recipe, segment_params, stage_folder
 from opentrans_lab.experiments.starts import save_weights
-from opentrans_lab.files.fingerprint import fingerprint, looking_once
+from opentrans_lab.files import fingerprint, looking_once, mini_folder
 from opentrans_lab.files.paths import fingerprint as module
-from opentrans_lab.files.shipped import mini_folder
-from opentrans_lab.pruning.imp import PruneConfig
+from opentrans_lab.pruning import PruneConfig
 from opentrans_lab.records import PROJECT, Run, described, run_dir, run_key
 from opentrans_lab.records.sources import TAGS, data_files, identity, weights
 from opentrans_lab.report.tables import experiment, lines
-from opentrans_lab.runs.batch import run_notebook
+from opentrans_lab.runs import run_notebook
 from opentrans_lab.runs.grids import Job
 
 NOTEBOOK = PROJECT / "notebooks" / "03_transfer.ipynb"

@@ -14,13 +14,13 @@ from test_benchmarks import write
 from test_data import edit, write_coco, write_folder
 
 from opentrans_lab.cli import main
-from opentrans_lab.clip.backbone import load_backbone
-from opentrans_lab.data.datasets import IGNORE, load_dataset
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.data import IGNORE, load_dataset
 from opentrans_lab.errors import LabError
-from opentrans_lab.evaluation.datacheck import check
+from opentrans_lab.evaluation import check
 from opentrans_lab.experiments.starts import save_weights
-from opentrans_lab.files.paths import find_pictures
-from opentrans_lab.heads.frameworks import build
+from opentrans_lab.files import find_pictures
+from opentrans_lab.heads import build
 
 LABEL = np.array([[0, 1], [1, 0]], np.uint8)
 LEFT = ["__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", "._0.png"]

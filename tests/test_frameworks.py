@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opentrans_lab.clip.backbone import load_backbone
-from opentrans_lab.data.datasets import scenes
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.data import scenes
 from opentrans_lab.errors import LabError
+from opentrans_lab.heads import FRAMEWORKS, build
 from opentrans_lab.heads.deeplabv3 import DeepLabV3, set_output_stride
-from opentrans_lab.heads.frameworks import FRAMEWORKS, build
-from opentrans_lab.masks.mask import Mask
+from opentrans_lab.masks import Mask
 
 VOCABULARY = tuple(scenes.THINGS[:5]) + scenes.STUFF
 

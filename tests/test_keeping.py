@@ -14,9 +14,9 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 
 from opentrans_lab.errors import LabError
+from opentrans_lab.masks import prunable
 from opentrans_lab.masks.mask import Mask, keeping
 from opentrans_lab.masks.topk import count
-from opentrans_lab.masks.tower import prunable
 
 
 def make_tower():

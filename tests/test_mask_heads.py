@@ -11,17 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Mask2FormerForUniversalSegmentation
 
-from opentrans_lab.clip.backbone import MINI, Backbone, build_mini, frozen_copy, mini_tokenizer
-from opentrans_lab.costs.counter import meta_backbone
-from opentrans_lab.data.datasets import scenes
+from opentrans_lab.clip import MINI, Backbone, build_mini, frozen_copy, mini_tokenizer
+from opentrans_lab.costs import meta_backbone
+from opentrans_lab.data import scenes
 from opentrans_lab.errors import LabError
 from opentrans_lab.heads.fcclip import FCCLIP, attention_pool
 from opentrans_lab.heads.han import KD_WEIGHT, Han
 from opentrans_lab.heads.inference import cut, merge, pad, segment_classes
 from opentrans_lab.heads.mask2former import regions
-from opentrans_lab.masks.mask import Mask
-from opentrans_lab.pruning.losses import crop_regions, kd_loss
-from opentrans_lab.train.processes import Chance
+from opentrans_lab.masks import Mask
+from opentrans_lab.pruning import crop_regions, kd_loss
+from opentrans_lab.train import Chance
 
 TINY = {
     **MINI,

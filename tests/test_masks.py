@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from opentrans_lab.errors import LabError
-from opentrans_lab.files.statedict import pack_bits
+from opentrans_lab.files import pack_bits
+from opentrans_lab.masks import FIRST, prunable
 from opentrans_lab.masks.mask import FORMAT, Mask
-from opentrans_lab.masks.tower import FIRST, prunable
 from opentrans_lab.records import PROJECT
 
 

@@ -5,11 +5,9 @@ import pytest
 from PIL import Image
 
 from opentrans_lab.errors import LabError
-from opentrans_lab.evaluation.measure import measure
-from opentrans_lab.experiments.lab import Lab
-from opentrans_lab.experiments.recipe import Recipe
-from opentrans_lab.experiments.rows import segment_stage
-from opentrans_lab.pruning.imp import PruneConfig
+from opentrans_lab.evaluation import measure
+from opentrans_lab.experiments import Lab, Recipe, segment_stage
+from opentrans_lab.pruning import PruneConfig
 
 CPU = dict(device="cpu")
 

@@ -5,9 +5,8 @@ import json
 import open_clip
 import torch
 
-from opentrans_lab.clip.backbone import MINI, build_mini, load_backbone, mini_tokenizer
-from opentrans_lab.clip.text import TEMPLATES
-from opentrans_lab.data.datasets import scenes
+from opentrans_lab.clip import MINI, TEMPLATES, build_mini, load_backbone, mini_tokenizer
+from opentrans_lab.data import scenes
 from opentrans_lab.experiments.mini_clip import (
     MiniConfig,
     caption_batches,

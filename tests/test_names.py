@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from matplotlib.text import Text
 from PIL import Image
 
-from opentrans_lab.clip.backbone import load_backbone
+from opentrans_lab.clip import load_backbone
 from opentrans_lab.clip.text import LEAST, checked_names, readings
-from opentrans_lab.data.datasets import load_dataset
+from opentrans_lab.data import load_dataset
 from opentrans_lab.data.layouts import read_class_names
 from opentrans_lab.errors import LabError
 from opentrans_lab.experiments.gallery import vocabulary
@@ -28,7 +28,7 @@ from opentrans_lab.figures import charts, explorer, overlays, plots
 from opentrans_lab.figures.letters import brief
 from opentrans_lab.files.paths import shipped
 from opentrans_lab.records import Run, read_table, save_table
-from opentrans_lab.report.site import build_report
+from opentrans_lab.report import build_report
 from opentrans_lab.report.tables import literal, styled
 
 matplotlib.use("Agg")

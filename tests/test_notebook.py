@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opentrans_lab.cli import RunCommand, main
 from opentrans_lab.errors import LabError
 from opentrans_lab.records import load
-from opentrans_lab.runs.batch import run_grid, run_notebook
+from opentrans_lab.runs import run_grid, run_notebook
 from opentrans_lab.runs.grids import Job, complete, defaults, load_grid
 
 NUMBERS = itertools.count()

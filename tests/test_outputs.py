@@ -21,13 +21,12 @@ from PIL import Image
 from opentrans_lab.cli import main
 from opentrans_lab.errors import LabError, shown
 from opentrans_lab.experiments.lab import cached
-from opentrans_lab.files.outputs import PICTURES, atomic_path, keep, writable
-from opentrans_lab.files.paths import find_pictures
-from opentrans_lab.files.urls import FILE, Files, href, linked
+from opentrans_lab.files import FILE, Files, find_pictures, href, linked
+from opentrans_lab.files.outputs import DRAWN, atomic_path, keep, writable
 from opentrans_lab.records import Run, load, records, save_table
+from opentrans_lab.report import build_report
 from opentrans_lab.report.page import heading, run_page
-from opentrans_lab.report.site import build_report
-from opentrans_lab.runs.batch import run_grid, run_notebook
+from opentrans_lab.runs import run_grid, run_notebook
 
 ODD = b"{0} {a} 100% [b]*? $x$ #1 & <i>'\"\n\xe9"  # a name of a folder that Linux takes
 NAMES = (
@@ -73,7 +72,7 @@ def test_a_place_that_takes_no_file_is_told_and_left_as_it_is(tmp_path, place, w
     (tmp_path / "folder.png").mkdir()
     path = place if place[0] in "/~" else tmp_path / place
     with pytest.raises(LabError, match=words):
-        writable(path, "--picture", PICTURES)
+        writable(path, "--picture", DRAWN)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png"]
     if "must end" not in words:
         with pytest.raises(LabError, match=words), atomic_path(path):

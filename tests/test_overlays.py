@@ -12,17 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from opentrans_lab.clip.backbone import load_backbone
-from opentrans_lab.data.datasets import load_dataset, scenes
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.data import load_dataset, scenes
 from opentrans_lab.errors import LabError
 from opentrans_lab.evaluation.segment import segment
-from opentrans_lab.experiments import gallery
-from opentrans_lab.experiments.recipe import Recipe
+from opentrans_lab.experiments import Recipe, gallery
 from opentrans_lab.figures import overlays
-from opentrans_lab.files.paths import find_pictures
-from opentrans_lab.heads.frameworks import build
+from opentrans_lab.files import find_pictures
+from opentrans_lab.heads import build
 from opentrans_lab.records import load
-from opentrans_lab.runs.batch import run_notebook
+from opentrans_lab.runs import run_notebook
 
 NAMES = ("grass", "striped red star")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "06_qualitative.ipynb"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torchmetrics.detection import PanopticQuality as Oracle
 
-from opentrans_lab.clip.backbone import load_backbone
-from opentrans_lab.data.datasets import IGNORE, load_dataset
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.data import IGNORE, load_dataset
 from opentrans_lab.evaluation.panoptic import count_segments, evaluate_panoptic, summarise
-from opentrans_lab.heads.frameworks import build
+from opentrans_lab.heads import build
 
 NAMES, THINGS = ("cat", "dog", "grass"), torch.tensor([True, True, False])
 CAT, DOG, GRASS = range(3)

@@ -4,15 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from opentrans_lab.clip.backbone import load_backbone
-from opentrans_lab.data.datasets import load_dataset
-from opentrans_lab.evaluation.evaluate import evaluate
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.data import load_dataset
+from opentrans_lab.evaluation import evaluate
+from opentrans_lab.experiments import Lab, Recipe, segment_stage
 from opentrans_lab.experiments.ensemble import compare_parts, gain, part_table, picture_counts
-from opentrans_lab.experiments.lab import Lab
-from opentrans_lab.experiments.recipe import Recipe
-from opentrans_lab.experiments.rows import segment_stage
-from opentrans_lab.heads.frameworks import build
-from opentrans_lab.pruning.imp import PruneConfig
+from opentrans_lab.heads import build
+from opentrans_lab.pruning import PruneConfig
 
 SIX = dict(limit=6, size=64)
 

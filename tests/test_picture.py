@@ -6,15 +6,13 @@ import torch
 from PIL import Image
 
 import opentrans_lab
-from opentrans_lab.clip.backbone import load_backbone
-from opentrans_lab.data.datasets import scenes
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.data import scenes
 from opentrans_lab.errors import LabError
 from opentrans_lab.evaluation.segment import newest, read_picture, segment
-from opentrans_lab.experiments.lab import Lab
-from opentrans_lab.experiments.recipe import Recipe
-from opentrans_lab.experiments.rows import segment_stage
-from opentrans_lab.heads.frameworks import build
-from opentrans_lab.pruning.imp import PruneConfig
+from opentrans_lab.experiments import Lab, Recipe, segment_stage
+from opentrans_lab.heads import build
+from opentrans_lab.pruning import PruneConfig
 
 NAMES = ["striped red star", "grass", "plain blue circle"]
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import ExifTags, Image
 
-from opentrans_lab.data.datasets import IGNORE, load_dataset
+from opentrans_lab.data import IGNORE, load_dataset
 from opentrans_lab.data.pictures import read_label
 from opentrans_lab.errors import LabError
-from opentrans_lab.evaluation.segment import read_picture
+from opentrans_lab.evaluation import read_picture
 
 TURNS = {
     1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,

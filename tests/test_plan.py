@@ -13,15 +13,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opentrans_lab.cli import main
-from opentrans_lab.costs.speed import step_costs
+from opentrans_lab.costs import step_costs
 from opentrans_lab.errors import LabError
-from opentrans_lab.experiments.lab import Lab
-from opentrans_lab.experiments.recipe import framework_options
-from opentrans_lab.heads.frameworks import FRAMEWORKS, build
+from opentrans_lab.experiments import Lab, framework_options
+from opentrans_lab.heads import FRAMEWORKS, build
 from opentrans_lab.pruning.imp import PruneConfig, Student, distillation
 from opentrans_lab.runs import estimate as working
 from opentrans_lab.runs import plan as planning
-from opentrans_lab.runs.batch import run_grid
+from opentrans_lab.runs import run_grid
 from opentrans_lab.runs.estimate import step_macs, work_of
 from opentrans_lab.runs.grids import Job, load_grid
 from opentrans_lab.runs.plan import describe_plan, measured, past_speed, plan, reference

@@ -16,16 +16,16 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from opentrans_lab.clip.backbone import frozen_copy, load_backbone
-from opentrans_lab.data.datasets import load_dataset
+from opentrans_lab.clip import frozen_copy, load_backbone
+from opentrans_lab.data import load_dataset
 from opentrans_lab.evaluation.evaluate import _digest
+from opentrans_lab.experiments import Recipe
 from opentrans_lab.experiments import recipe as tuning
-from opentrans_lab.experiments.recipe import Recipe
-from opentrans_lab.finetuning.finetune import freeze, hold_norms
-from opentrans_lab.heads.frameworks import FRAMEWORKS, build
+from opentrans_lab.finetuning import freeze, hold_norms
+from opentrans_lab.heads import FRAMEWORKS, build
+from opentrans_lab.pruning import cap_regions
 from opentrans_lab.pruning.imp import PruneConfig, Student, distillation
-from opentrans_lab.pruning.losses import cap_regions
-from opentrans_lab.train.loop import TrainConfig, fit
+from opentrans_lab.train import TrainConfig, fit
 from opentrans_lab.train.processes import Chance, picture_seeds, shared_mean
 
 STEPS = 5

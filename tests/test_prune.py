@@ -20,10 +20,9 @@ from opentrans_lab.clip.backbone import (
     frozen_copy,
     mini_tokenizer,
 )
-from opentrans_lab.data.datasets import scenes
+from opentrans_lab.data import scenes
 from opentrans_lab.errors import LabError
-from opentrans_lab.masks.mask import Mask
-from opentrans_lab.masks.tower import prunable
+from opentrans_lab.masks import Mask, prunable
 from opentrans_lab.pruning.imp import (
     PruneConfig,
     Student,

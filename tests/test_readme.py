@@ -16,13 +16,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from opentrans_lab.costs.cost import printed_cells
-from opentrans_lab.costs.counter import meta_backbone
-from opentrans_lab.data.datasets import scenes
+from opentrans_lab.costs import meta_backbone, printed_cells
+from opentrans_lab.data import scenes
 from opentrans_lab.data.painter import COLOURS, SHAPES, STUFF, TEXTURES
-from opentrans_lab.heads.frameworks import FRAMEWORKS
-from opentrans_lab.masks.tower import prunable
-from opentrans_lab.pruning.transfer import ROWS, recalibrate
+from opentrans_lab.heads import FRAMEWORKS
+from opentrans_lab.masks import prunable
+from opentrans_lab.pruning import ROWS, recalibrate
 from opentrans_lab.records import PROJECT, collect
 from opentrans_lab.report.claims import (
     KEPT,

@@ -18,11 +18,10 @@ import pytest
 import opentrans_lab
 from opentrans_lab.errors import LabError
 from opentrans_lab.records import PROJECT, Run, load, run_dir
+from opentrans_lab.report import build_report, side_by_side
 from opentrans_lab.report.page import MINI_LAB, duration, number, run_page
-from opentrans_lab.report.side_by_side import side_by_side
-from opentrans_lab.report.site import build_report
 from opentrans_lab.report.tables import styled
-from opentrans_lab.runs.batch import run_grid
+from opentrans_lab.runs import run_grid
 from opentrans_lab.runs.grids import Job
 
 matplotlib.use("Agg")

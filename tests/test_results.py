@@ -20,17 +20,17 @@ import pytest
 import torch
 
 from opentrans_lab.errors import LabError
-from opentrans_lab.files.outputs import atomic_path
+from opentrans_lab.files import atomic_path
 from opentrans_lab.records import (
     PROJECT,
     Run,
     collect,
+    paper,
     put,
     results,
     run_dir,
     run_key,
 )
-from opentrans_lab.records.paper import paper
 from opentrans_lab.report.tables import ADDED, lines, summary
 from opentrans_lab.runs.campaign import publish
 from opentrans_lab.runs.grids import defaults

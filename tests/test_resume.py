@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opentrans_lab.clip.backbone import load_backbone
-from opentrans_lab.data.datasets import load_dataset
-from opentrans_lab.finetuning.finetune import freeze
-from opentrans_lab.heads.frameworks import FRAMEWORKS, build
-from opentrans_lab.masks.mask import Mask
-from opentrans_lab.train.loop import TrainConfig, fit
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.data import load_dataset
+from opentrans_lab.finetuning import freeze
+from opentrans_lab.heads import FRAMEWORKS, build
+from opentrans_lab.masks import Mask
+from opentrans_lab.train import TrainConfig, fit
 
 STEPS = 7
 

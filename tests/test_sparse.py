@@ -8,8 +8,8 @@ from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import save_file
 
 from opentrans_lab.costs import payoff as sparse
-from opentrans_lab.files.statedict import pack_bits, read_state_dict, unpack_bits
-from opentrans_lab.masks.mask import Mask
+from opentrans_lab.files import pack_bits, read_state_dict, unpack_bits
+from opentrans_lab.masks import Mask
 
 
 @pytest.fixture

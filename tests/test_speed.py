@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opentrans_lab.clip.backbone import load_backbone
-from opentrans_lab.costs.cost import training_cost
-from opentrans_lab.costs.speed import savings, step_costs
-from opentrans_lab.finetuning.finetune import STAGES, freeze, unfreeze
-from opentrans_lab.heads.frameworks import build
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.costs import savings, step_costs, training_cost
+from opentrans_lab.finetuning import STAGES, freeze, unfreeze
+from opentrans_lab.heads import build
 from opentrans_lab.report.claims import freezing_verdict, gains, judged, verdict
 
 FROZEN = {"none": [], "middle": ["layer3.0.conv2"], "prefix": ["stem", "layer1"]}

@@ -14,22 +14,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opentrans_lab.clip.backbone import Backbone
-from opentrans_lab.data.datasets import scenes
+from opentrans_lab.clip import Backbone
+from opentrans_lab.data import scenes
 from opentrans_lab.errors import LabError, OutOfTime
+from opentrans_lab.experiments import (
+    Recipe,
+    segment_stage,
+    selection_table,
+    speed_table,
+    together,
+    transfer_table,
+)
 from opentrans_lab.experiments import recipe as tuning
 from opentrans_lab.experiments.lab import Lab, cached
-from opentrans_lab.experiments.recipe import Recipe
-from opentrans_lab.experiments.rows import segment_stage, transfer_table
-from opentrans_lab.experiments.selection import selection_table, speed_table, together
 from opentrans_lab.experiments.starts import prune_stage, row_start
-from opentrans_lab.files.shipped import mini_folder
-from opentrans_lab.finetuning.finetune import SELECTIONS
-from opentrans_lab.masks.tower import prunable
-from opentrans_lab.pruning.imp import PruneConfig
-from opentrans_lab.pruning.transfer import ROWS, TRAINED
+from opentrans_lab.files import mini_folder
+from opentrans_lab.finetuning import SELECTIONS
+from opentrans_lab.masks import prunable
+from opentrans_lab.pruning import ROWS, TRAINED, PruneConfig
 from opentrans_lab.records import runs_root
-from opentrans_lab.runs.batch import run_notebook
+from opentrans_lab.runs import run_notebook
 
 LAB = Lab(device="cpu")
 PRUNING = PruneConfig(density=0.25, p=0.5, steps=1, batch_size=2)

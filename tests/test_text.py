@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opentrans_lab.clip import text
-from opentrans_lab.clip.backbone import MINI, build_mini, mini_tokenizer
+from opentrans_lab.clip import MINI, build_mini, mini_tokenizer, text
 from opentrans_lab.clip.text import TEMPLATES, TextEncoder, find_templates
-from opentrans_lab.data.datasets import scenes
+from opentrans_lab.data import scenes
 from opentrans_lab.errors import LabError
 
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from opentrans_lab.errors import LabError, OutOfTime
-from opentrans_lab.finetuning.finetune import freeze
-from opentrans_lab.masks.mask import Mask
-from opentrans_lab.train.loop import TrainConfig, fit
+from opentrans_lab.finetuning import freeze
+from opentrans_lab.masks import Mask
+from opentrans_lab.train import TrainConfig, fit
 
 
 class Model(nn.Module):

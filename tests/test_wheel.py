@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import opentrans_lab
 from opentrans_lab import segment
-from opentrans_lab.alpha.alphas import layer_alphas
-from opentrans_lab.clip.backbone import load_backbone
-from opentrans_lab.costs.cost import cost
-from opentrans_lab.data.datasets import load_dataset
-from opentrans_lab.heads.frameworks import build
+from opentrans_lab.alpha import layer_alphas
+from opentrans_lab.clip import load_backbone
+from opentrans_lab.costs import cost
+from opentrans_lab.data import load_dataset
+from opentrans_lab.heads import build
 
 assert not Path(opentrans_lab.__file__).is_relative_to({root!r}), opentrans_lab.__file__
 clip = load_backbone("mini", device="cpu")

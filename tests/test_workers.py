@@ -19,7 +19,7 @@ from dask.system import CPU_COUNT
 
 from opentrans_lab.errors import LabError
 from opentrans_lab.records import PROJECT, load
-from opentrans_lab.runs.batch import run_grid
+from opentrans_lab.runs import run_grid
 from opentrans_lab.runs.grids import Job
 from opentrans_lab.runs.workers import THREADS, share
 

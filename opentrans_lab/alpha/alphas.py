@@ -3,7 +3,7 @@
 The eigenvalues of W^T W of a trained layer often end in a power law, p(x) ~ x^-alpha for
 x >= xmin (paper, Eq. 2). A small alpha, a heavy tail, tends to mean a well-trained layer.
 
-    from opentrans_lab.alpha.alphas import layer_alphas
+    from opentrans_lab.alpha import layer_alphas
     layer_alphas(model).sort_values("alpha")
     layer_alphas(read_state_dict("clip.pt", prefix="visual."))  # a file, no model built
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checks import Count, Seed, checked, choices
 from ..errors import LabError
-from ..files.statedict import read_state_dict
+from ..files import read_state_dict
 from .esd import CONTROLS, RESHAPES, esd, mp_edge, randomise, spectra
 from .layers import Layer, layers
 from .tailfit import RULES, Fit, fit_alpha

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LabError
-from ..files.prefixes import bare, fold_pruned, largest
+from ..files import bare, fold_pruned, largest
 
 _PARAMETRISED = "parametrised: build the model, whose weight is computed from this"
 _TABLE = re.compile(r"embed|(^|_)emb(_|$)|wte|wpe", re.IGNORECASE)

@@ -15,7 +15,7 @@ from tyro.conf import subcommand as named
 
 from ..checks import Count, Seed
 from ..errors import LabError
-from ..files.outputs import PICTURES, TABLES, keep, writable
+from ..files import DRAWN, TABLES, keep, writable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ def check_out(out: Path | None) -> None:
 
 def save_out(table: pd.DataFrame, out: Path | None) -> None:
     """Write a table that has been printed, where that is asked for, and say where it is."""
-    from ..records.results import save_table
+    from ..records import save_table
 
     if out:
         print(f"table: {keep(out, partial(save_table, table))}")
@@ -64,7 +64,7 @@ class AlphaCommand:
     def __call__(self) -> int:
         from tqdm.auto import tqdm
 
-        from ..alpha.alphas import compare_authors, layer_alphas
+        from ..alpha import compare_authors, layer_alphas
 
         if self.compare not in (None, "authors"):
             raise LabError(f"--compare {self.compare} is unknown; the one choice is authors")
@@ -94,9 +94,8 @@ class AlphaCommand:
         """A CLIP ResNet's image tower, or the bare state dict of anything else: no model built."""
         import open_clip
 
-        from ..clip.backbone import RESNETS, load_backbone
-        from ..clip.weights import fetch
-        from ..files.statedict import read_state_dict
+        from ..clip import RESNETS, fetch, load_backbone
+        from ..files import read_state_dict
 
         file, prefix = Path(self.model).expanduser(), self.prefix
         if file.is_file():
@@ -138,8 +137,8 @@ class CostCommand:
     """Write the table as CSV."""
 
     def __call__(self) -> int:
-        from ..costs.cost import SIZE, TRAINING_SIZE, cost, training_cost
-        from ..masks.mask import Mask
+        from ..costs import SIZE, TRAINING_SIZE, cost, training_cost
+        from ..masks import Mask
 
         check_out(self.out)
         mask = Mask.load(self.mask) if self.mask else None
@@ -266,7 +265,7 @@ class EvaluateCommand:
     device: str = "auto"
 
     def __call__(self) -> int:
-        from ..evaluation.measure import measure
+        from ..evaluation import measure
 
         check_out(self.out)
         found = measure(**{name: value for name, value in vars(self).items() if name != "out"})
@@ -290,10 +289,10 @@ class DataCommand:
     """Save an overlay of the first four images here (default: data_<dataset>_<split>.png)."""
 
     def __call__(self) -> int:
-        from ..evaluation.datacheck import check
+        from ..evaluation import check
 
         picture = self.picture or Path(f"data_{self.dataset}_{self.split}.png")
-        writable(picture, "--picture", PICTURES)
+        writable(picture, "--picture", DRAWN)
         found = check(self.dataset, self.split, self.root)
         print(found)
         if found.images:

@@ -24,7 +24,7 @@ from tyro.conf import subcommand as named
 from .. import __version__
 from ..checks import Factor, check
 from ..errors import LabError
-from ..files.outputs import at_home
+from ..files import at_home
 from .commands import (
     AlphaCommand,
     CostCommand,
@@ -57,8 +57,7 @@ class RunCommand:
     """Run a grid on the workers of this dask scheduler ("tcp://…") instead."""
 
     def __call__(self) -> int:
-        from ..runs.batch import outcome, run_grid, run_notebook
-        from ..runs.grids import load_grid
+        from ..runs import load_grid, outcome, run_grid, run_notebook
 
         _one_of(self.workers, self.scheduler)
         if self.target.suffix in (".yaml", ".yml"):
@@ -93,9 +92,15 @@ class PlanCommand:
     """Write the table as CSV."""
 
     def __call__(self) -> int:
-        from ..runs.estimate import step_macs
-        from ..runs.grids import load_grid
-        from ..runs.plan import ASSUMPTIONS, describe_plan, measured, plan, reference
+        from ..runs import (
+            ASSUMPTIONS,
+            describe_plan,
+            load_grid,
+            measured,
+            plan,
+            reference,
+            step_macs,
+        )
 
         speed, how = self.images_per_second, "as given"
         check_out(self.out)
@@ -126,7 +131,7 @@ class ReportCommand:
     """Folder of the site (default: report in the folder of runs)."""
 
     def __call__(self) -> int:
-        from ..report.site import build_report
+        from ..report import build_report
 
         print(f"report: {build_report(self.out)}")
         return 0
@@ -151,7 +156,7 @@ class CampaignCommand:
     """Run on the workers of this dask scheduler ("tcp://…") instead."""
 
     def __call__(self) -> int:
-        from ..runs.campaign import campaign
+        from ..runs import campaign
 
         _one_of(self.workers, self.scheduler)
         done, report = campaign(self.grid, self.minutes, self.workers, self.scheduler)
@@ -167,7 +172,7 @@ class NotebooksCommand:
     """A new or empty one."""
 
     def __call__(self) -> int:
-        from ..files.shipped import copy_shipped
+        from ..files import copy_shipped
 
         print(f"notebooks: {copy_shipped('notebooks', self.folder)}; start with 00_index.ipynb")
         return 0
@@ -186,7 +191,7 @@ class MiniClipCommand:
     """A torch device."""
 
     def __call__(self) -> int:
-        from ..experiments.mini_clip import MiniConfig, train_mini
+        from ..experiments import MiniConfig, train_mini
 
         config = MiniConfig() if self.steps is None else MiniConfig(steps=self.steps)
         print(f"mini CLIP: {train_mini(config, out=self.out, device=self.device)}")

@@ -9,11 +9,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..costs.payoff import save_sparse
+from ..costs import save_sparse
 from ..errors import LabError
-from ..files.outputs import atomic_path, keep, writable
-from ..files.statedict import read_state_dict
-from ..masks.mask import Mask
+from ..files import atomic_path, keep, read_state_dict, writable
+from ..masks import Mask
 
 OURS = ".safetensors"
 

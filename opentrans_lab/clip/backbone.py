@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..device import float32, pick
 from ..errors import LabError
-from ..files.shipped import mini_folder
+from ..files import mini_folder
 from .text import TextEncoder, find_templates
 from .weights import RESNETS, fetch, fill, read
 

@@ -13,8 +13,7 @@ from open_clip.pretrained import download_pretrained
 from torch import Tensor
 
 from ..errors import LabError
-from ..files.prefixes import below, computed, fold_pruned, prefixes
-from ..files.statedict import is_jit, read_tensors
+from ..files import below, computed, fold_pruned, is_jit, prefixes, read_tensors
 
 OPENAI_KEYS = ("input_resolution", "context_length", "vocab_size")  # only in OpenAI's own files
 PATIENCE = 10  # seconds to wait for a server before the next one is tried

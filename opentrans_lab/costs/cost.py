@@ -20,12 +20,12 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from ..alpha.alphas import AUTHORS_FROZEN
+from ..alpha import AUTHORS_FROZEN
 from ..errors import LabError
-from ..finetuning.finetune import STAGES, stage_of
-from ..heads.frameworks import FRAMEWORKS
-from ..masks.mask import Mask
-from ..records.paper import paper
+from ..finetuning import STAGES, stage_of
+from ..heads import FRAMEWORKS
+from ..masks import Mask
+from ..records import paper
 from .counter import (
     OUTSIDE,
     Counted,

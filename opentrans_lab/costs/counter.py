@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..clip.backbone import MINI, RESNETS, Backbone, build_mini, mini_tokenizer
+from ..clip import MINI, RESNETS, Backbone, build_mini, mini_tokenizer
 from ..errors import LabError
-from ..heads.frameworks import build
-from ..masks.mask import Mask
+from ..heads import build
+from ..masks import Mask
 
 OUTSIDE = "outside the forward pass"
 

@@ -21,10 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..clip.backbone import trunk
-from ..files.outputs import atomic_path
-from ..files.statedict import SPARSE, pack_bits
-from ..masks.mask import Mask
+from ..clip import trunk
+from ..files import SPARSE, atomic_path, pack_bits
+from ..masks import Mask
 
 PRODUCTS = "1x1 convolutions as sparse products"
 

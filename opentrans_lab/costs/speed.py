@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from ..checks import Positive, checked
 from ..device import PRECISIONS, pick, use_bf16
-from ..finetuning.finetune import freeze, unfreeze
-from ..train.loop import Batch, to_device
+from ..finetuning import freeze, unfreeze
+from ..train import Batch, to_device
 from .cost import training_cost
 
 COLUMNS = ("step_s", "images_per_second", "memory_MB", "energy_J")

@@ -1,1 +1,8 @@
-"""Room."""
+"""Data sets and the mini lab's world: what a batch holds, and how files become it."""
+
+from . import scenes
+from .datasets import DATASETS, load_dataset, places
+from .loader import Batch, Dataset
+from .scenes import IGNORE
+
+__all__ = ["Batch", "DATASETS", "Dataset", "IGNORE", "load_dataset", "places", "scenes"]

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from ..errors import LabError
-from ..files.paths import entries, find_root, lines, stems, there, wanted
+from ..files import entries, find_root, lines, stems, there, wanted
 from .layouts import UNKNOWN, LabelFiles, read_class_names, take_classes
 from .loader import check_split
 from .pictures import read_colours

@@ -14,7 +14,7 @@ import torch
 
 from ..checks import Count, checked, choose
 from ..device import pick
-from ..files.paths import unreadable
+from ..files import unreadable
 from . import scenes
 from .benchmarks import BENCHMARKS, BenchmarkFiles, benchmark_places
 from .layouts import CocoPanoptic, Folder

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..clip.text import checked_names
+from ..clip import checked_names
 from ..errors import LabError
-from ..files.paths import PICTURES, entries, find_root, read_csv, stems
-from ..files.shipped import shipped
+from ..files import PICTURES, entries, find_root, read_csv, shipped, stems
 from .loader import FileDataset, check_split
 from .pictures import read_colours, read_label
 from .scenes import IGNORE

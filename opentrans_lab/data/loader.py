@@ -27,11 +27,10 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from ..clip.text import ClassNames
+from ..clip import ClassNames
 from ..device import pick
 from ..errors import LabError, shown
-from ..files.fingerprint import fingerprint
-from ..files.paths import located
+from ..files import fingerprint, located
 from .pictures import aligned, read_picture
 from .scenes import IGNORE
 from .transforms import Look, fit_square, floored, look, scaled

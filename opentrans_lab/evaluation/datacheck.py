@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.datasets import load_dataset
-from ..data.scenes import IGNORE
+from ..data import IGNORE, load_dataset
 from ..errors import LabError
-from ..figures.overlays import compare
-from ..files.outputs import atomic_path
+from ..figures import compare
+from ..files import atomic_path
 
 
 @dataclass

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checks import Must, Positive, checked
-from ..clip.text import ClassNames
-from ..data.datasets import IGNORE, Batch, Dataset
+from ..clip import ClassNames
+from ..data import IGNORE, Batch, Dataset
 from ..device import pick
 from ..errors import LabError
-from ..files.outputs import atomic_path, writable_folder
-from ..heads.inference import cut
-from ..train.processes import together
+from ..files import atomic_path, writable_folder
+from ..heads import cut
+from ..train import together
 
 PIECE = 2**25  # upsampled scores that are held at a time (128 MB)
 SCORES = 2**26  # scores of a model, at stride 4

@@ -10,11 +10,11 @@ from typing import Literal
 import pandas as pd
 
 from ..checks import Count, Positive, checked
-from ..data.datasets import load_dataset
+from ..data import load_dataset
 from ..device import pick
 from ..errors import LabError
-from ..files.outputs import writable_folder
-from ..records.results import run_key
+from ..files import writable_folder
+from ..records import run_key
 from .evaluate import Window, evaluate
 from .panoptic import evaluate_panoptic
 from .segment import open_model

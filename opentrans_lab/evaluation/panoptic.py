@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checks import Positive, checked
-from ..data.datasets import Dataset
+from ..data import Dataset
 from ..device import pick
 from ..errors import LabError
 from .evaluate import evaluating

@@ -15,15 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checks import choose
-from ..clip.backbone import load_backbone
-from ..clip.text import ClassNames, checked_names
+from ..clip import ClassNames, checked_names, load_backbone
 from ..data import pictures
 from ..device import float32, pick
 from ..errors import LabError
-from ..figures.overlays import compare, overlay
-from ..files.statedict import read_state_dict
-from ..heads.frameworks import FRAMEWORKS, build
-from ..records.results import runs_root
+from ..figures import compare, overlay
+from ..files import read_state_dict
+from ..heads import FRAMEWORKS, build
+from ..records import runs_root
 from .evaluate import evaluating, predict
 
 LEAST = 32  # pixels a side: the trunk's stride

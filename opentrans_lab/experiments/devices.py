@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from ..device import pick
 from ..errors import LabError, OutOfTime
-from ..files.outputs import atomic_path
-from ..pruning.imp import PruneConfig
-from ..train.processes import together
+from ..files import atomic_path
+from ..pruning import PruneConfig
+from ..train import together
 from .lab import Lab
 from .recipe import Recipe, fine_tune
 from .starts import row_start

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data.loader import Dataset
+from ..data import Dataset
 from ..device import pick
-from ..evaluation.evaluate import confusion, evaluating, predict
-from ..pruning.imp import PruneConfig
+from ..evaluation import confusion, evaluating, predict
+from ..pruning import PruneConfig
 from .lab import Lab, cached
 from .recipe import Recipe
 from .rows import segment_stage

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..clip.text import ClassNames, checked_names, readings
-from ..data.datasets import IGNORE, Dataset
+from ..clip import ClassNames, checked_names, readings
+from ..data import IGNORE, Dataset
 from ..errors import LabError, shown
-from ..evaluation.evaluate import predict
-from ..evaluation.segment import fitted, read_picture
-from ..figures.overlays import verdicts
-from ..files.paths import find_pictures
-from ..heads.inference import segment_classes
+from ..evaluation import fitted, predict, read_picture
+from ..figures import verdicts
+from ..files import find_pictures
+from ..heads import segment_classes
 from .recipe import Recipe
 
 TITLES = {"deeplabv3": "DeepLabV3", "han": "Han et al.", "fcclip": "FC-CLIP"}

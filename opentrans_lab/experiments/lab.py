@@ -16,13 +16,11 @@ from typing import Annotated
 from filelock import FileLock, Timeout
 
 from ..checks import Must, Positive, check
-from ..clip.backbone import Backbone, load_backbone
-from ..data.datasets import load_dataset
+from ..clip import Backbone, load_backbone
+from ..data import load_dataset
 from ..errors import OutOfTime, deadline
-from ..files.outputs import atomic_path
-from ..files.paths import entries
-from ..records.results import run_key, runs_root, writable_runs
-from ..records.sources import absolute, data_files, weights
+from ..files import atomic_path, entries
+from ..records import absolute, data_files, run_key, runs_root, weights, writable_runs
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import Positive, Rate, Seed, Share, check
-from ..clip.backbone import MINI, Backbone, build_mini, embed, load_backbone, mini_tokenizer
-from ..clip.text import TEMPLATES
+from ..clip import MINI, TEMPLATES, Backbone, build_mini, embed, load_backbone, mini_tokenizer
 from ..data import scenes
 from ..device import pick
-from ..files.outputs import atomic_path, writable_folder
-from ..records.results import runs_root
-from ..train.loop import TrainConfig, fit
+from ..files import atomic_path, writable_folder
+from ..records import runs_root
+from ..train import TrainConfig, fit
 
 SEED_WORLD = 7_000_000  # pretraining scenes share no index space with segmentation data
 

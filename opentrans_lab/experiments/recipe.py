@@ -14,20 +14,18 @@ from typing import Annotated
 
 from torch import nn
 
-from ..alpha.alphas import RESHAPES, RULES, layer_alphas
+from ..alpha import RESHAPES, RULES, layer_alphas
 from ..checks import Count, Factor, Must, Positive, Rate, Seed, Share, check
-from ..costs.cost import cost
+from ..costs import cost
 from ..device import PRECISIONS, seed_everything
 from ..errors import LabError
-from ..evaluation.evaluate import evaluate
-from ..files.outputs import atomic_path
-from ..finetuning.finetune import SELECTIONS, STAGES, freeze, hold_norms, select_layers, unfreeze
-from ..heads.frameworks import FRAMEWORKS, PRESETS, build
-from ..pruning.imp import PruneConfig
-from ..pruning.transfer import ROWS, recalibrate
-from ..records.results import save_table
-from ..train.loop import TrainConfig, fit
-from ..train.processes import together, wait
+from ..evaluation import evaluate
+from ..files import atomic_path
+from ..finetuning import SELECTIONS, STAGES, freeze, hold_norms, select_layers, unfreeze
+from ..heads import FRAMEWORKS, PRESETS, build
+from ..pruning import ROWS, PruneConfig, recalibrate
+from ..records import save_table
+from ..train import TrainConfig, fit, together, wait
 from .lab import Lab
 from .starts import row_start, save_weights
 

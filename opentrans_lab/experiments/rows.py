@@ -13,10 +13,9 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import nn
 
-from ..heads.frameworks import build
-from ..pruning.imp import PruneConfig
-from ..pruning.transfer import ROWS
-from ..records.results import read_table
+from ..heads import build
+from ..pruning import ROWS, PruneConfig
+from ..records import read_table
 from .devices import spread
 from .lab import Lab, cached
 from .recipe import Recipe, fine_tune

@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pandas as pd
 
-from ..costs.cost import training_cost
-from ..costs.speed import savings, step_costs
-from ..heads.frameworks import build
-from ..pruning.imp import PruneConfig
+from ..costs import savings, step_costs, training_cost
+from ..heads import build
+from ..pruning import PruneConfig
 from .lab import Lab
 from .recipe import Recipe, framework_options
 from .rows import segment_stage

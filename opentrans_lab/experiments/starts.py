@@ -15,12 +15,11 @@ import pandas as pd
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..clip.backbone import Backbone
-from ..files.outputs import atomic_path
-from ..masks.mask import Mask
-from ..pruning.imp import PruneConfig, distill, prune, wanda_scores
-from ..pruning.transfer import TRAINED, row_mask
-from ..records.results import read_table
+from ..clip import Backbone
+from ..files import atomic_path
+from ..masks import Mask
+from ..pruning import TRAINED, PruneConfig, distill, prune, row_mask, wanda_scores
+from ..records import read_table
 from .lab import Lab, cached
 
 

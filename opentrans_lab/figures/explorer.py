@@ -10,9 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import nn
 
-from ..alpha.alphas import RESHAPES, RULES, Spectrum, fit_alpha, mp_edge
-from ..alpha.esd import spectra
-from ..alpha.layers import layers
+from ..alpha import RESHAPES, RULES, Spectrum, fit_alpha, layers, mp_edge, spectra
 from ..errors import LabError
 from . import plots
 from .letters import brief

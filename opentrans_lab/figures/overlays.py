@@ -18,7 +18,7 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ..data.scenes import IGNORE
+from ..data import IGNORE
 from .letters import brief, to_the_letter
 
 Colour = tuple[float, float, float]

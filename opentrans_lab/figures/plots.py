@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from ..alpha.alphas import Spectrum
+from ..alpha import Spectrum
 from ..errors import LabError
 from .letters import brief, to_the_letter
 

@@ -1,1 +1,78 @@
-"""Room."""
+"""How anything is read and written: folders, tables, tensors of foreign files, outputs."""
+
+from .fingerprint import digest, fingerprint, looking_once
+from .outputs import DRAWN, TABLES, at_home, atomic_path, keep, writable, writable_folder
+from .paths import (
+    DATA_VARIABLES,
+    PICTURES,
+    entries,
+    find_pictures,
+    find_root,
+    lines,
+    located,
+    named_root,
+    read_csv,
+    stems,
+    there,
+    unreadable,
+    wanted,
+)
+from .prefixes import bare, below, computed, flatten, fold_pruned, largest, prefixes
+from .shipped import copy_shipped, mini_folder, shipped
+from .statedict import (
+    SPARSE,
+    check_file,
+    is_jit,
+    pack_bits,
+    read_state_dict,
+    read_tensors,
+    unpack_bits,
+)
+from .urls import FILE, Files, href, linked
+
+__all__ = [
+    "DATA_VARIABLES",
+    "DRAWN",
+    "FILE",
+    "Files",
+    "PICTURES",
+    "SPARSE",
+    "TABLES",
+    "at_home",
+    "atomic_path",
+    "bare",
+    "below",
+    "check_file",
+    "computed",
+    "copy_shipped",
+    "digest",
+    "entries",
+    "find_pictures",
+    "find_root",
+    "fingerprint",
+    "flatten",
+    "fold_pruned",
+    "href",
+    "is_jit",
+    "keep",
+    "largest",
+    "lines",
+    "linked",
+    "located",
+    "looking_once",
+    "mini_folder",
+    "named_root",
+    "pack_bits",
+    "prefixes",
+    "read_csv",
+    "read_state_dict",
+    "read_tensors",
+    "shipped",
+    "stems",
+    "there",
+    "unpack_bits",
+    "unreadable",
+    "wanted",
+    "writable",
+    "writable_folder",
+]

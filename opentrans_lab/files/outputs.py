@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import LabError
 
 TABLES = (".csv", ".csv.gz", ".txt")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg", ".eps")
+DRAWN = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg", ".eps")
 ELSEWHERE = "name another place"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..checks import Seed, Share, checked
-from ..masks.tower import FIRST, locate
+from ..masks import FIRST, locate
 
 SELECTIONS = ("none", "low_alpha", "high_alpha", "random", "prefix")
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")

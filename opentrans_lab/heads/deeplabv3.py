@@ -12,11 +12,10 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
 from ..checks import choose
-from ..clip.backbone import Backbone
-from ..clip.text import ClassNames, best_name, flat_names
-from ..data.scenes import IGNORE
+from ..clip import Backbone, ClassNames, best_name, flat_names
+from ..data import IGNORE
 from ..errors import LabError
-from ..train.processes import shared_mean
+from ..train import shared_mean
 from .inference import cut, pad
 
 

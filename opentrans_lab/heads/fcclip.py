@@ -11,9 +11,8 @@ from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 
 from ..checks import choose
-from ..clip.backbone import Backbone
-from ..clip.text import ClassNames, best_name, flat_names
-from ..train.processes import Chance
+from ..clip import Backbone, ClassNames, best_name, flat_names
+from ..train import Chance
 from .mask2former import MaskFramework, Preset, full_precision, regions
 
 PRESETS = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ..checks import choose
-from ..clip.backbone import Backbone
+from ..clip import Backbone
 from ..device import float32
 from ..errors import LabError
 from .deeplabv3 import DeepLabV3

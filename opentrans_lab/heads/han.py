@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import choose
-from ..clip.backbone import Backbone, frozen_copy
-from ..clip.text import ClassNames, first_names
-from ..pruning.losses import cap_regions, crop_regions, kd_loss, region_images
-from ..train.processes import Chance
+from ..clip import Backbone, ClassNames, first_names, frozen_copy
+from ..pruning import cap_regions, crop_regions, kd_loss, region_images
+from ..train import Chance
 from .mask2former import MaskFramework, Preset, regions
 
 KD_WEIGHT = 2.0

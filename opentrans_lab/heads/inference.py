@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.scenes import IGNORE
-from ..pruning.losses import GREY
+from ..data import IGNORE
+from ..pruning import GREY
 
 STRIDE = 32  # of the coarsest map
 

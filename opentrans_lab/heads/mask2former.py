@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
-from ..clip.backbone import Backbone
-from ..clip.text import ClassNames, best_name, flat_names
-from ..data.scenes import IGNORE
+from ..clip import Backbone, ClassNames, best_name, flat_names
+from ..data import IGNORE
 from ..errors import LabError
-from ..train.processes import Chance, average, shared_mean
+from ..train import Chance, average, shared_mean
 from .inference import STRIDE, cut, merge, pad
 
 

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LabError
-from ..files.outputs import atomic_path
-from ..files.prefixes import prefixes
-from ..files.statedict import read_tensors
+from ..files import atomic_path, prefixes, read_tensors
 from .tower import FIRST
 
 KEY = "backbone"

@@ -18,9 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import LabError
-from ..files.outputs import atomic_path
-from ..files.prefixes import flatten
-from ..files.statedict import check_file, pack_bits, unpack_bits
+from ..files import atomic_path, check_file, flatten, pack_bits, unpack_bits
 from .authors import read_authors, write_authors
 from .keeping import Holding
 from .topk import count, top_k

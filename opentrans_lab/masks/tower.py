@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..errors import LabError
-from ..files.prefixes import bare, computed, flatten, prefixes
+from ..files import bare, computed, flatten, prefixes
 
 FIRST = "conv1.weight"  # the first stem convolution: it reads pixels and is never pruned
 

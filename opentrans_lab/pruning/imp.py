@@ -23,15 +23,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checks import Count, Part, Positive, Rate, Seed, check
-from ..clip.backbone import Backbone, frozen_copy
-from ..clip.text import first_names
+from ..clip import Backbone, first_names, frozen_copy
 from ..errors import LabError
-from ..files.outputs import atomic_path, writable_folder
-from ..masks.mask import Mask
-from ..masks.tower import prunable
-from ..records.results import read_table, revision, save_table
-from ..train.loop import TrainConfig, fit
-from ..train.processes import Chance
+from ..files import atomic_path, writable_folder
+from ..masks import Mask, prunable
+from ..records import read_table, revision, save_table
+from ..train import Chance, TrainConfig, fit
 from .losses import (
     MEANS,
     TERMS,

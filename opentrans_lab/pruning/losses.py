@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes, roi_align
 
 from ..checks import choose
-from ..train.processes import Chance, gathered, shared_mean
+from ..train import Chance, gathered, shared_mean
 
 GREY = 0.5
 TERMS, MEANS = ("both", "plain", "text"), ("joint", "two")  # of L_KD, see ``kd_loss``

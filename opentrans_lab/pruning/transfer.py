@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from ..checks import choose
-from ..clip.backbone import Backbone
-from ..masks.mask import Mask
+from ..clip import Backbone
+from ..masks import Mask
 
 ROWS = {
     "dense": "CLIP's weights, no mask",

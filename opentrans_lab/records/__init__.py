@@ -1,1 +1,58 @@
-"""Room."""
+"""The record of a run: parameters, sources, what it leaves; and the paper's own tables."""
+
+from .notebook import SWITCHES, code, defaults, given_in_types, place, read_notebook
+from .paper import paper, paper_wide
+from .results import (
+    ASIDE,
+    STAGE,
+    Run,
+    collect,
+    described,
+    load,
+    plain,
+    put,
+    read_table,
+    records,
+    results_root,
+    revision,
+    run_dir,
+    run_key,
+    runs_root,
+    save_table,
+    versions,
+    writable_runs,
+)
+from .sources import absolute, data_files, identity, weights
+
+__all__ = [
+    "ASIDE",
+    "Run",
+    "STAGE",
+    "SWITCHES",
+    "absolute",
+    "code",
+    "collect",
+    "data_files",
+    "defaults",
+    "described",
+    "given_in_types",
+    "identity",
+    "load",
+    "paper",
+    "paper_wide",
+    "place",
+    "plain",
+    "put",
+    "read_notebook",
+    "read_table",
+    "records",
+    "results_root",
+    "revision",
+    "run_dir",
+    "run_key",
+    "runs_root",
+    "save_table",
+    "versions",
+    "weights",
+    "writable_runs",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from ..errors import LabError
-from ..files.shipped import shipped
+from ..files import shipped
 from .results import read_table
 
 

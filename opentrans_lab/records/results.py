@@ -26,7 +26,7 @@ import pandas as pd
 
 from .. import __version__
 from ..errors import LabError
-from ..files.outputs import at_home, atomic_path, writable_folder
+from ..files import at_home, atomic_path, writable_folder
 from .sources import absolute, identity, made_from
 
 PROJECT = Path(__file__).resolve().parents[2]

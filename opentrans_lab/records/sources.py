@@ -12,9 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import LabError
-from ..files.fingerprint import digest, fingerprint
-from ..files.paths import find_pictures, named_root
-from ..files.shipped import mini_folder
+from ..files import digest, find_pictures, fingerprint, mini_folder, named_root
 
 SHIPPED = (
     "497a452f74d835aa651ae2da61a56d7a1f84bc3d8f0be94930356a90bec28d64",
@@ -63,7 +61,7 @@ def identity(params: dict) -> dict:
 
 def data_files(dataset: str, data_root: str | Path | None) -> str:
     """A fingerprint of the files of a data set on disk, of all its splits."""
-    from ..data.datasets import places  # needs torch, which runs of the mini lab need not wait for
+    from ..data import places  # needs torch, which runs of the mini lab need not wait for
 
     root = _real(named_root(dataset, data_root)[0])
     return fingerprint(os.path.join(root, place) for place in places(dataset) if root)

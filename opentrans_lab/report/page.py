@@ -17,7 +17,7 @@ from latex2mathml.converter import convert
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-from ..files.urls import href, linked
+from ..files import href, linked
 
 MINI_LAB = "mini lab – procedural scenes, not COCO"
 WIDGET = "application/vnd.jupyter.widget-view+json"

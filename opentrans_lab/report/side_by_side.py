@@ -16,8 +16,8 @@ from typing import NamedTuple
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from ..files.urls import href
-from ..records.paper import paper
+from ..files import href
+from ..records import paper
 from .tables import HEADS_LEFT, half_width, main_setting
 
 OURS = {"dense": "dense", "random": "random_layerwise", "ours": "ours"}  # Table 1's rows as ours

@@ -16,11 +16,8 @@ import pandas as pd
 from pandas.errors import EmptyDataError
 
 from ..errors import LabError
-from ..files.outputs import at_home, writable_folder
-from ..files.shipped import shipped
-from ..files.urls import href
-from ..records.notebook import defaults
-from ..records.results import put, read_table, records, revision, runs_root, writable_runs
+from ..files import at_home, href, shipped, writable_folder
+from ..records import defaults, put, read_table, records, revision, runs_root, writable_runs
 from .page import (
     BACK,
     TO_NOTEBOOK,

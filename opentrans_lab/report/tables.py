@@ -9,9 +9,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 from scipy.stats import t as student_t
 
-from ..records.paper import paper
-from ..records.results import described, read_table, records, run_key
-from ..records.sources import identity
+from ..records import described, identity, paper, read_table, records, run_key
 
 APART = ("seed", "device", "devices")  # parameters that make no experiment another one
 ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "reselect": 0}

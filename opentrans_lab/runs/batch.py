@@ -12,10 +12,10 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..checks import Duration, Positive, checked
-from ..files.fingerprint import looking_once
+from ..files import looking_once
 from .grids import Job
 from .job import RunResult, run_job
-from ..records.results import load, runs_root, writable_runs
+from ..records import load, runs_root, writable_runs
 from .workers import Ended, Started, run_on_workers
 
 

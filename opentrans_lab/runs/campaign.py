@@ -14,16 +14,16 @@ from filelock import FileLock
 
 from .batch import run_grid, run_notebook
 from ..checks import Duration, Positive, checked
-from ..files.fingerprint import looking_once
+from ..files import looking_once
 from .grids import Job, find_notebook, load_grid
 from .job import RunResult
-from ..files.outputs import atomic_path, writable_folder
-from ..report.page import duration
+from ..files import atomic_path, writable_folder
+from ..report import duration
 from .plan import past_speed, plan
-from ..report.site import build_report
-from ..records.results import described, load, records, results_root
-from ..records.sources import identity
-from ..report.tables import experiment
+from ..report import build_report
+from ..records import described, load, records, results_root
+from ..records import identity
+from ..report import experiment
 
 TABLES = "05_paper_tables"
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..costs.cost import training_cost
-from ..costs.counter import meta_backbone, meta_framework, trace
-from ..experiments.devices import check_shares
-from ..experiments.rows import segment_params
+from ..costs import training_cost
+from ..costs import meta_backbone, meta_framework, trace
+from ..experiments import check_shares
+from ..experiments import segment_params
 from .grids import Job
-from ..experiments.lab import Lab, stage_folder
-from ..pruning.imp import PruneConfig
-from ..experiments.starts import distill_params, prune_params
-from ..pruning.transfer import TRAINED
-from ..experiments.recipe import Recipe
+from ..experiments import Lab, stage_folder
+from ..pruning import PruneConfig
+from ..experiments import distill_params, prune_params
+from ..pruning import TRAINED
+from ..experiments import Recipe
 
 REGIONS = 200  # most crops of a batch that the teacher of L_KD sees
 VALIDATION = {

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import yaml
 
 from ..errors import LabError
-from ..files.shipped import shipped
-from ..records.notebook import SWITCHES, defaults, given_in_types
-from ..records.results import run_dir
-from ..records.sources import absolute
+from ..files import shipped
+from ..records import SWITCHES, defaults, given_in_types
+from ..records import run_dir
+from ..records import absolute
 
 GRID_KEYS = {"runs", "defaults", "outermost"}
 ENTRY_KEYS = {"notebook", "parameters", "after_all"}

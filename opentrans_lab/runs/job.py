@@ -32,12 +32,12 @@ from papermill.iorw import papermill_io
 
 from ..errors import LabError
 from .grids import Job
-from ..records.notebook import code, defaults, place, read_notebook
-from ..files.outputs import atomic_path, keep
-from ..report.page import run_page
-from ..records.results import ASIDE, STAGE, Run, load, plain, put, run_key, runs_root, writable_runs
-from ..records.sources import identity
-from ..files.urls import FILE, Files
+from ..records import code, defaults, place, read_notebook
+from ..files import atomic_path, keep
+from ..report import run_page
+from ..records import ASIDE, STAGE, Run, load, plain, put, run_key, runs_root, writable_runs
+from ..records import identity
+from ..files import FILE, Files
 
 ATTEMPTS = 2  # of a job that fails by no fault of the user's: machines hiccup
 TAKEN = ("report", "stages")  # folders of runs that are no notebook's

@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 
 from ..errors import LabError
-from ..files.fingerprint import looking_once
-from ..heads.frameworks import build
+from ..files import looking_once
+from ..heads import build
 from .grids import Job
-from ..records.results import load, runs_root
-from ..costs.speed import step_costs
-from ..experiments.recipe import Recipe, framework_options
+from ..records import load, runs_root
+from ..costs import step_costs
+from ..experiments import Recipe, framework_options
 from .estimate import REGIONS, Work, step_macs, work_of
 
 RUN_BYTES = 2e6  # of a run's notebook, page and figures; measured on the demo

@@ -32,10 +32,10 @@ from distributed import (
 from tqdm.auto import tqdm
 
 from ..errors import LabError
-from ..files.paths import DATA_VARIABLES
+from ..files import DATA_VARIABLES
 from .grids import Job
 from .job import RunResult, run_job
-from ..records.results import runs_root
+from ..records import runs_root
 
 LOOPBACK = "127.0.0.1"
 OURS = {  # of the scheduler that we start

@@ -28,8 +28,8 @@ from tqdm.auto import tqdm
 from ..checks import Count, Factor, Positive, Seed, check
 from ..device import PRECISIONS, pick, seed_everything, use_bf16
 from ..errors import LabError, OutOfTime, deadline
-from ..files.outputs import writable_folder
-from ..masks.mask import Mask
+from ..files import writable_folder
+from ..masks import Mask
 from .processes import average, picture_seeds, same_buffers
 
 SCHEDULES = ("constant", "cosine")
