@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -246,12 +247,12 @@ def test_two_processes_fill_one_folder(tmp_path, processes):
     assert len(files(tmp_path)) == ALL
 
 
-def test_a_lab_without_a_pool_is_the_lab_that_old_results_are_of(tmp_path):
+def test_a_lab_without_a_pool_is_the_lab_that_old_results_are_of(folder):
     old = {"backbone", "checkpoint", "dataset", "data_root", "size"}
     assert Lab(pool=0, targets="fresh").params.keys() == Lab(pool=0).params.keys() == old
     assert Lab().params.keys() == old | {"pool"}
-    files = Lab(dataset="folder", data_root=str(tmp_path))
-    assert files.params.keys() == old | {"targets"}, "flipped pictures, targets as they are"
-    assert Lab(dataset="folder", data_root=str(tmp_path), targets="fresh").params.keys() == old
+    lab = Lab(dataset="folder", data_root=str(folder), targets="fresh")
+    assert lab.params.keys() == old | {"data files"}
+    assert replace(lab, targets="cached").params.keys() == old | {"data files", "targets"}
     with pytest.raises(LabError, match="pool=-1"):
         Lab(pool=-1)
