@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .errors import LabError
-from .files import find_pictures, mini_folder, named_root
+from .files import find_pictures, mini_folder, named_root, shards
 from .fingerprint import digest, fingerprint
 
 SHIPPED = (
@@ -73,12 +73,20 @@ def weights(backbone: str | None, checkpoint: str) -> str:
     one); a tag, or a path that leads nowhere, as it is."""
     if backbone == "mini" and checkpoint != "random":
         folder = mini_folder(checkpoint)
-        found, about = (digest(folder / name) for name in ("model.safetensors", "config.json"))
+        found, about = _content(folder / "model.safetensors"), digest(folder / "config.json")
         if found and about != SHIPPED[1]:
             return hashlib.sha256(f"{found} {about}".encode()).hexdigest()
     else:
-        found = digest(Path(checkpoint).expanduser()) if _is_path(backbone, checkpoint) else ""
+        found = _content(Path(checkpoint).expanduser()) if _is_path(backbone, checkpoint) else ""
     return found or checkpoint
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of a file of weights, with those that it names where it is an index of several."""
+    found = digest(path)
+    if found and (files := shards(path)):
+        return hashlib.sha256(" ".join([found, *map(digest, files)]).encode()).hexdigest()
+    return found
 
 
 def _on_disk(params: dict) -> bool:

@@ -25,6 +25,7 @@ from opentrans_lab.maskfiles import apply_to_file
 from opentrans_lab.masks import Mask
 from opentrans_lab.picture import segment
 from opentrans_lab.results import PROJECT
+from opentrans_lab.sources import weights
 from opentrans_lab.statedict import read_state_dict
 
 SHIPPED = PROJECT / "data" / "mini_clip"
@@ -244,6 +245,9 @@ def test_an_index_of_several_files_is_read_whole(state, truth, folder):
         save_file({k: v for k, v in state.items() if files[k] == name}, folder / name)
     index = json.dumps({"metadata": {}, "weight_map": files}).encode()
     assert same(loaded(index, folder), truth)
+    before = weights("mini", str(folder))
+    save_file(noise(load_file(folder / "part-0.safetensors")), folder / "part-0.safetensors")
+    assert weights("mini", str(folder)) != before  # keys of runs follow all of its files
     (folder / "part-1.safetensors").unlink()
     assert "part-1.safetensors, which is not beside it" in refused(loaded, index, folder)
 
