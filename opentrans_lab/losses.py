@@ -18,7 +18,7 @@ from .processes import Chance, gathered, shared_mean
 GREY = 0.5  # around a region
 ROOM = 1.1  # side of a crop in longer sides of its region
 SAMPLES = 2  # taken for each pixel of a crop, down and across
-TERMS, MEANS = ("both", "plain", "text"), ("joint", "two")  # of L_KD, see ``kd_loss``
+KD_TERMS, MEANS = ("both", "plain", "text"), ("joint", "two")  # of L_KD, see ``kd_loss``
 
 
 def crop_rule(size: int) -> str:
@@ -112,7 +112,7 @@ def kd_loss(
     Raises:
         LabError: unknown ``terms`` or ``mean``.
     """
-    choose("terms", terms, TERMS)
+    choose("terms", terms, KD_TERMS)
     choose("mean", mean, MEANS)
     with torch.autocast(student.device.type, enabled=False):  # differences of near-equal numbers
         student, teacher, text = student.float(), teacher.float(), text.float()

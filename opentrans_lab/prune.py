@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .backbone import Backbone
 from .checks import Count, Part, Positive, Rate, Seed, check
 from .errors import LabError
-from .losses import MEANS, TERMS, cap_regions, class_loss, kd_loss, pool_regions, region_images
+from .losses import KD_TERMS, MEANS, cap_regions, class_loss, kd_loss, pool_regions, region_images
 from .masks import Mask
 from .outputs import atomic_path, writable_folder
 from .processes import Chance
@@ -34,6 +34,8 @@ from .teacher import Teacher
 from .text import first_names
 from .tower import prunable
 from .train import TrainConfig, fit
+
+TERMS = (*KD_TERMS, "class")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class PruneConfig:
     batch_size: Positive = 28
     lr: Rate = 1e-4
     """Constant."""
-    terms: Annotated[str, (*TERMS, "class")] = "both"
+    terms: Annotated[str, TERMS] = "both"
     """Terms of L_KD: ``"both"``, ``"plain"``, ``"text"``. ``"class"`` is no distillation but
     supervision by class labels, which the paper argues against: the ablation's peer."""
     mean: Annotated[str, MEANS] = "joint"
