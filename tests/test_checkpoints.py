@@ -25,7 +25,7 @@ from opentrans_lab.evaluation.segment import segment
 from opentrans_lab.files import read_state_dict
 from opentrans_lab.heads import build
 from opentrans_lab.masks import Mask
-from opentrans_lab.records import PROJECT
+from opentrans_lab.records import PROJECT, weights
 
 SHIPPED = PROJECT / "data" / "mini_clip"
 
@@ -244,6 +244,9 @@ def test_an_index_of_several_files_is_read_whole(state, truth, folder):
         save_file({k: v for k, v in state.items() if files[k] == name}, folder / name)
     index = json.dumps({"metadata": {}, "weight_map": files}).encode()
     assert same(loaded(index, folder), truth)
+    before = weights("mini", str(folder))
+    save_file(noise(load_file(folder / "part-0.safetensors")), folder / "part-0.safetensors")
+    assert weights("mini", str(folder)) != before  # keys of runs follow all of its files
     (folder / "part-1.safetensors").unlink()
     assert "part-1.safetensors, which is not beside it" in refused(loaded, index, folder)
 

@@ -382,6 +382,26 @@ def test_scene_stream_is_reproducible_and_a_limit_holds():
         assert len(set(files)) == (6 if dataset is few else 24)
 
 
+def test_a_pool_is_drawn_once_and_kept_as_bytes(monkeypatch, capsys):
+    drawn, render = [], scenes.render
+    monkeypatch.setattr(scenes, "render", lambda i, *a, **k: drawn.extend(i) or render(i, *a, **k))
+    datasets = [load_dataset("scenes", "train", size=48, limit=n) for n in (5, 7)]
+    shown = [b for data in datasets for seed in (0, 1) for b in first(data, 6, seed=seed)]
+    assert sorted(drawn) == list(range(7)), "each once, whoever asks"
+    assert capsys.readouterr().out.count("a pool of") == 1
+    monkeypatch.undo()
+    contents = {}
+    for batch in shown:
+        assert consistent(batch)
+        indices = [int(Path(f).name) for f in batch["files"]]
+        want = scenes.render(indices, 48, datasets[0].world)
+        assert torch.equal(batch["images"], want.images.mul(255).round() / 255)
+        for mine, theirs in zip(batch["masks"], want.masks, strict=True):
+            assert torch.equal(mine, theirs)
+        contents |= {s.content: i for s, i in zip(batch["samples"], indices, strict=True)}
+    assert sorted(contents.values()) == list(range(7))
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 

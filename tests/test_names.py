@@ -6,6 +6,7 @@ import csv
 import io
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -20,13 +21,13 @@ from PIL import Image
 from opentrans_lab.clip import load_backbone
 from opentrans_lab.clip.text import LEAST, checked_names, readings
 from opentrans_lab.data import load_dataset
-from opentrans_lab.data.layouts import read_class_names
+from opentrans_lab.data.layouts import read_class_names, take_classes
 from opentrans_lab.errors import LabError
 from opentrans_lab.experiments.gallery import vocabulary
 from opentrans_lab.experiments.rows import Segmented
 from opentrans_lab.figures import charts, explorer, overlays, plots
 from opentrans_lab.figures.letters import brief
-from opentrans_lab.files.paths import shipped
+from opentrans_lab.files import shipped
 from opentrans_lab.records import Run, read_table, save_table
 from opentrans_lab.report import build_report
 from opentrans_lab.report.tables import literal, styled
@@ -38,7 +39,7 @@ EACH = settings(  # pytest's folder serves all examples of a test; each writes i
 LETTERS = st.characters(exclude_categories=["Cs"])  # all that UTF-8 can write
 NAMES = st.text(LETTERS, min_size=1, max_size=12).map(str.strip)
 PRINTED = st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=12)
-MISREAD = ["NA", "None", "null", "nan", "007", "1e5", "True", "-inf", "0x10", "1_000"]
+MISREAD = ["NA", "None", "null", "nan", "007", "1e5", "True", "-inf"]
 
 
 def write_classes(root: Path, raw: bytes | list[str]) -> Path:
@@ -77,7 +78,7 @@ def test_a_quoted_table_gives_its_names_back_or_says_which_cannot_be(tmp_path, n
     "raw",
     [b"\xef\xbb\xbf ID ,NAME\r\n0,road\r\n1,sky\r\n",
      b'\n"Id", "Name",\n\n0, "road",\n,,\n 1 ,sky,\n\n',
-     b"note,name,id\n,road,0\nof the day,sky,1\n", b"id,name\r0,road\r1,sky\r"],
+     b"Note,Name,ID\r,road,0\rof the day,sky,1\r"],
 )  # fmt: skip
 def test_what_spreadsheets_add_does_not_count(tmp_path, raw):
     assert names_of(write_classes(tmp_path, raw)) == ("road", "sky")
@@ -89,10 +90,10 @@ def test_what_spreadsheets_add_does_not_count(tmp_path, raw):
      (b"id,name\n\n0,road\n1,sky,1\n", "line 4: .* has more"),
      (b'id,name\n0,"road\n1,sky\n', "unexpected end of data.*quotes"),
      (b"id\tname\n0\troad\n", r"no column 'id'.*commas.*'id\\tname'"),
-     ("id,name\n0,road\n".encode("utf-16"), "not a UTF-8 comma-separated table"),
+     ("id,name\n0,road\n".encode("utf-16"), "not a UTF-8 comma-separated table .*save it as one"),
      (b"id,name,Name\n0,road,street\n", "more than one column 'name'"),
-     (b"0,road\n1,sky\n", "no column 'id'; its first line must name it"), (b"", "no column"),
-     (b"id,name\n0,road\n00,sky\n", "line 3: the id 00 is there twice"),
+     (b"0,road\n1,sky\n", "no column 'id'.* but is '0,road'"), (b"\n,\n", "no column .* is ''"),
+     (b"id,name\n0,road\n\n00,sky\n", "line 4: the id 00 is there twice"),
      (b"id,name\n0,road\n1,&nbsp;\n", "classes.csv: an empty name")],
 )  # fmt: skip
 def test_a_wrong_table_is_told_with_its_line_and_the_remedy(tmp_path, raw, said):
@@ -134,11 +135,19 @@ def test_a_word_is_a_class_when_clip_reads_it_so():
     assert vocabulary("bar, Cafe\u0301, tea  room", Cafes).ids.tolist() == [1, 2, -1]
 
 
-def test_published_lists_hold_a_name_twice_only_where_it_is_written_twice():
+def test_published_names_stay_and_a_class_without_one_of_its_own_is_told():
     for path in shipped("data/class_names").glob("*.csv"):
         rows = read_class_names(path.stem)
         names = {name for row in rows for name in row["prompts"].split("|")}
-        assert len(set(readings(sorted(names)))) == len(names), path
+        assert len(set(readings(sorted(names)))) == len(names)  # alike only where written alike
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            take_classes(SimpleNamespace(), rows)
+        told = [str(warning.message) for warning in told]
+        if path.stem in ("ade847", "pc459"):
+            assert len(told) == 1 and "no name of their own" in told[0], path
+        else:
+            assert not told, path
 
 
 def test_the_text_tower_warns_of_what_its_own_context_cuts():
@@ -181,7 +190,8 @@ def drawn(figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text)]
 
 
-LINES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=30)
+FORMULA = st.sampled_from("$$$^_{}")
+LINES = st.text(FORMULA | st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=30)
 
 
 @settings(EACH, max_examples=15)
@@ -191,6 +201,7 @@ def test_any_name_is_drawn_as_it_is_written(names):
     figure = overlays.compare([torch.rand(3, 1, 9)], {names[0]: [labels]}, names, names[:1])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == names
+    assert not any(text.get_parse_math() for text in legend.get_texts())
     assert figure.axes[1].get_title() == names[0]
     assert names[0] in drawn(figure)
 

@@ -3,6 +3,7 @@
 from . import scenes
 from .datasets import DATASETS, load_dataset, places
 from .loader import Batch, Dataset
+from .samples import Sample
 from .scenes import IGNORE
 
-__all__ = ["Batch", "DATASETS", "Dataset", "IGNORE", "load_dataset", "places", "scenes"]
+__all__ = ["Batch", "DATASETS", "Dataset", "IGNORE", "Sample", "load_dataset", "places", "scenes"]

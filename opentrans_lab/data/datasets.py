@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from . import scenes
 from .benchmarks import BENCHMARKS, BenchmarkFiles, benchmark_places
 from .layouts import CocoPanoptic, Folder
 from .loader import Batch, Dataset, check_split
+from .samples import annotate, collate, digest
 from .scenes import IGNORE
 
 __all__ = ["DATASETS", "IGNORE", "Batch", "Dataset", "Scenes", "load_dataset"]
@@ -43,7 +44,8 @@ def load_dataset(
             the benchmarks also DETECTRON2_DATASETS.
         size: side of the square training images (default 512, ``scenes`` 128). In evaluation the
             shorter side of the image (default: as it is on disk).
-        limit: use the first ``limit`` samples only. Scenes in training are endless without it.
+        limit: use the first ``limit`` samples only. Scenes in training are endless without it;
+            with it they are a pool, each drawn once and kept as bytes.
         jitter: large-scale jitter in training (0.1 to 2 times ``size``); not for ``scenes``.
         on_error: ``"skip"`` leaves out what is missing or cannot be read in evaluation, and lists
             it in ``.skipped``; ``"raise"`` stops. Training always stops.
@@ -118,8 +120,14 @@ class Scenes(Dataset):
         regions: bool = True,
     ) -> Iterator[Batch]:
         device = pick(device)
-        ids = torch.cat([self.ids, torch.tensor([IGNORE])]).to(device)  # label -1 -> the last
-        if train and self.endless:
+        if train and not self.endless:
+            pool = self._pool(device)
+            for keys in self._keys(batch_size, seed, start, train):
+                chosen = [index for index, _ in keys]
+                self._fill(pool, chosen, device)
+                part = collate([pool[index] for index in chosen])
+                yield annotate(part, device, self.names, len(self), pool.__getitem__, regions)
+        if train:
             indices = (
                 np.random.default_rng([seed, 0, step]).integers(self.ALL, size=batch_size).tolist()
                 for step in count(start)
@@ -128,17 +136,60 @@ class Scenes(Dataset):
             keys = self._keys(batch_size, seed, start, train, share)
             indices = ([index for index, _ in step] for step in keys)
         for chosen in indices:
-            drawn = scenes.render(
-                chosen, self.size, self.world, self.domain, self.pool, device=device
-            )
+            drawn, ids = self._draw(chosen, device)
             yield {
                 "images": drawn.images,
                 "labels": ids[drawn.labels],
                 "masks": drawn.masks,
                 "classes": [ids[c] for c in drawn.classes],
                 "names": self.names,
-                "files": [f"{self.split}/{index:010d}" for index in chosen],
+                "files": [self._file(index) for index in chosen],
             }
+
+    def _draw(self, chosen: list[int], device: torch.device) -> tuple[scenes.Scenes, torch.Tensor]:
+        """These scenes, and a table from their labels to our classes (-1 takes the last)."""
+        ids = torch.cat([self.ids, torch.tensor([IGNORE])]).to(device)
+        drawn = scenes.render(chosen, self.size, self.world, self.domain, self.pool, device=device)
+        return drawn, ids
+
+    def _file(self, index: int) -> str:
+        return f"{self.split}/{index:010d}"
+
+    def _pool(self, device: torch.device) -> dict[int, dict]:
+        """What has been drawn of these scenes for this device, whoever asked for it."""
+        known = _kept(self.world, self.size, device)
+        if not known:
+            most = 4 * self.size**2 * len(self) / 1e6  # three colours and a segment
+            print(f"a pool of {len(self):,} scenes of {self.size} px, at most {most:,.0f} MB")
+        return known
+
+    def _fill(self, pool: dict[int, dict], chosen: list[int], device: torch.device) -> None:
+        """Draw what the pool lacks: a sample as ``loader`` has it, on the device."""
+        new = [index for index in dict.fromkeys(chosen) if index not in pool]
+        if not new:
+            return
+        drawn, _ = self._draw(new, device)
+        pixels = drawn.images.mul(255).round_().byte()
+        for index, image, masks, classes in zip(
+            new, pixels, drawn.masks, drawn.classes, strict=True
+        ):
+            slots = torch.arange(len(masks), dtype=torch.int8, device=device)
+            segments = ((slots + 1)[:, None, None] * masks).sum(0, dtype=torch.int8) - 1
+            pool[index] = {
+                "image": image,
+                "segments": segments,  # (S, S) int8
+                "classes": self.ids[classes.cpu()].numpy(),
+                "regions": np.arange(len(masks)),
+                "file": self._file(index),
+                "index": index,
+                "content": digest(image, segments, self.size),
+            }
+
+
+@lru_cache(maxsize=1)
+def _kept(world: int, size: int, device: torch.device) -> dict[int, dict]:
+    """A process holds one pool, which the stages of a lab share."""
+    return {}
 
 
 DATASETS = {

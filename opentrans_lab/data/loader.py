@@ -8,6 +8,8 @@ A batch is a dict::
     classes  list of B (K,) int64, the class id of each region
     names    the vocabulary: for each of C classes its name, or all its names (``prompts``)
     files    list of B strings
+    samples  list of B ``Sample``: who the pictures are, where training may see them again
+    length   pictures in the data set, beside ``samples``
 
 In training h = H and w = W. In evaluation the labels keep the resolution of the file, because the
 benchmarks count there, while the image may be reduced.
@@ -32,7 +34,7 @@ from ..device import pick
 from ..errors import LabError, shown
 from ..files import fingerprint, located
 from .pictures import aligned, read_picture
-from .scenes import IGNORE
+from .samples import annotate, collate, digest
 from .transforms import Look, fit_square, floored, look, scaled
 
 TRAIN_SIZE = 512  # the paper's
@@ -178,7 +180,7 @@ class FileDataset(Dataset):
                 raise LabError(errors[0][1])
             self.skipped += errors
             for part in parts:
-                yield self._annotate(part, device, regions)
+                yield annotate(part, device, self.prompts, len(self), self.whole, regions)
 
     def load(self, index: int, look: Look, train: bool) -> dict:
         """One sample: image (3, h, w) uint8, segments (H, W) int32, classes, regions, file."""
@@ -191,8 +193,11 @@ class FileDataset(Dataset):
         if self.shorter_side and min(found.shape) > self.shorter_side:
             size = scaled(*found.shape, self.shorter_side / min(found.shape))
             image, mask = F.resize(image, size, antialias=True), floored(mask, size)
+        content = ""
         if train:
-            image, mask = fit_square(image, mask, self.size or TRAIN_SIZE, look)
+            size = self.size or TRAIN_SIZE
+            content = digest(image, mask, size)
+            image, mask = fit_square(image, mask, size, look)
         elif self.size:
             h, w = image.shape[-2:]
             image = F.resize(image, scaled(h, w, self.size / min(h, w)), antialias=True)
@@ -203,28 +208,13 @@ class FileDataset(Dataset):
             "classes": classes,
             "regions": np.flatnonzero(here & is_region),
             "file": shown(path.name),
+            "index": index,
+            "content": content,
         }
 
-    def _annotate(self, part: dict, device: torch.device, all_of_it: bool) -> Batch:
-        """Finish a batch on the device: what travels to it is small."""
-        segments = part["segments"].to(device, non_blocking=True).long()  # (B, H, W)
-        labels, masks, classes = torch.empty_like(segments), [], []
-        for row, (ids, regions) in enumerate(zip(part["classes"], part["regions"], strict=True)):
-            table = torch.tensor([*ids.tolist(), IGNORE], device=device)  # segment -1 -> the last
-            labels[row] = table[segments[row]]
-            if not all_of_it:
-                continue
-            regions = torch.from_numpy(regions).to(device)
-            masks.append(segments[row] == regions[:, None, None])
-            classes.append(table[regions])
-        return {
-            "images": part["images"].to(device, non_blocking=True).float().div_(255),
-            "labels": labels,
-            "masks": masks,
-            "classes": classes,
-            "names": self.prompts,
-            "files": part["files"],
-        }
+    def whole(self, index: int) -> dict:
+        """A training sample as it is without augmentation."""
+        return self.load(index, Look(), train=True)
 
 
 class _Reader:
@@ -242,17 +232,7 @@ class _Reader:
             except LabError as error:  # as words: a worker would bury them in a traceback
                 errors.append((self.dataset.images[index], str(error)))
         groups = groupby(samples, lambda s: (s["image"].shape, s["segments"].shape))
-        return [_collate(list(group)) for _, group in groups], errors
-
-
-def _collate(samples: list[dict]) -> dict:
-    return {
-        "images": torch.stack([s["image"] for s in samples]),
-        "segments": torch.stack([s["segments"] for s in samples]),
-        "classes": [s["classes"] for s in samples],
-        "regions": [s["regions"] for s in samples],
-        "files": [s["file"] for s in samples],
-    }
+        return [collate(list(group)) for _, group in groups], errors
 
 
 def _as_is(loaded: object) -> object:

@@ -15,11 +15,12 @@ from typing import Annotated
 
 from filelock import FileLock, Timeout
 
-from ..checks import Must, Positive, check
+from ..checks import Count, Must, Positive, check
 from ..clip import Backbone, load_backbone
 from ..data import load_dataset
 from ..errors import OutOfTime, deadline
 from ..files import atomic_path, entries
+from ..pruning import TARGETS, Teacher
 from ..records import absolute, data_files, run_key, runs_root, weights, writable_runs
 
 
@@ -40,6 +41,10 @@ class Lab:
     devices: Positive = 1
     """Processes that share each batch of a fine-tuning: GPUs of this machine, or parts of its
     CPU."""
+    pool: Count = 1024
+    """Scenes to train on, each drawn once and looked at by the teacher once; 0: without end."""
+    targets: Annotated[str, TARGETS] = "cached"
+    """Of L_KD, see ``teacher``: ``"fresh"`` ones are of the pictures as augmentation shows them."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -50,16 +55,26 @@ class Lab:
     def params(self) -> dict:
         """What the results depend on: contents of files and not their names, not the device."""
         known = asdict(self) | {"checkpoint": weights(self.backbone, self.checkpoint)}
-        if self.dataset == "scenes":
+        scenes = self.dataset == "scenes"  # drawn for size, never augmented
+        if scenes:
             known["data_root"] = ""
         else:
             known["data files"] = data_files(self.dataset, self.data_root)
-        unused = {"device", "devices"} | ({"jitter"} if not self.jitter else set())
+        usual = {
+            "jitter": not self.jitter,
+            "pool": not (scenes and self.pool),
+            "targets": scenes or self.targets == "fresh",
+        }
+        unused = {"device", "devices"} | {key for key, nothing in usual.items() if nothing}
         return {key: value for key, value in known.items() if key not in unused}
 
     def load(self) -> Backbone:
         """A fresh dense CLIP backbone."""
         return load_backbone(self.backbone, self.checkpoint or None, device=self.device)
+
+    def teacher(self, clip: Backbone) -> Teacher:
+        """``clip`` as L_KD's teacher, whose targets lie beside the runs."""
+        return Teacher(clip, self.targets, runs_root() / "targets")
 
     def data(self, split: str, **options):
         """A split of the data set."""
@@ -71,6 +86,8 @@ class Lab:
         A folder without a split ``train`` is trained on what else it has beside ``val``, and a
         warning says so.
         """
+        if self.dataset == "scenes":
+            limit = limit or self.pool or None
         train = self.data(self._training_split(), limit=limit, jitter=self.jitter)
         return lambda start: train.batches(batch_size, seed=seed, start=start, device=self.device)
 

@@ -67,7 +67,7 @@ class Recipe:
     """Multiplier of ``lr`` for the backbone; 0 leaves FC-CLIP's frozen, BN included, as its authors
     do."""
     images: Count = 0
-    """Fixed training images; 0: all of the data set, for scenes without end."""
+    """Fixed training images; 0: all of the data set, of scenes the lab's pool."""
     eval_images: Count = 128
     """Images of each evaluation split; 0: all."""
     seed: Seed = 0
@@ -122,7 +122,7 @@ def fine_tune(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> di
 def framework_options(lab: Lab, recipe: Recipe) -> dict:
     """What a framework needs beside its backbone: Han et al. the dense CLIP, as a teacher."""
     if recipe.framework == "han":
-        return {"teacher": lab.load()}
+        return {"teacher": lab.teacher(lab.load())}
     if recipe.framework == "fcclip":
         return {"clip": "tuned" if recipe.backbone_lr else "frozen"}
     return {}

@@ -68,8 +68,9 @@ def prune_stage(lab: Lab, config: PruneConfig) -> Pruned:
         began = time.perf_counter()
         backbone = lab.load()
         mask, rounds = prune(
-            backbone, lab.batches(config.batch_size, config.seed), config, folder, lab.device
-        )
+            backbone, lab.batches(config.batch_size, config.seed), config, folder, lab.device,
+            lab.teacher(backbone),
+        )  # fmt: skip
         save_weights(backbone.visual, folder / "visual.safetensors")
         rounds.to_csv(folder / "rounds.csv", index=False)
         mask.save(folder / "mask.safetensors")
@@ -95,7 +96,7 @@ def row_start(lab: Lab, row: str, config: PruneConfig) -> tuple[Backbone, Mask |
         def work(folder: Path) -> dict:
             distill(
                 backbone, lab.batches(config.batch_size, config.seed), config, budget, mask,
-                folder / "checkpoints", lab.device, teacher=lab.load(),
+                folder / "checkpoints", lab.device, lab.teacher(lab.load()),
             )  # fmt: skip
             save_weights(backbone.visual, folder / "visual.safetensors")
             return {"steps": budget}

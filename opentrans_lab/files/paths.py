@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import json
 import os
 import shlex
 from collections.abc import Iterable
@@ -195,3 +196,15 @@ def find_pictures(text: str) -> list[Path]:
             )
         found |= dict.fromkeys(some)
     return list(found)
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of weights that an index of several names ("weight_map"); none for other files."""
+    with path.open("rb") as file:
+        if file.read(1) != b"{":
+            return []
+    try:
+        files = json.loads(path.read_bytes())["weight_map"].values()
+        return [path.parent / name for name in dict.fromkeys(files)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []

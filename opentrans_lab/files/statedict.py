@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import LabError
+from .paths import shards
 from .prefixes import choose, flatten, fold_pruned, largest
 
 SPARSE = "opentrans-sparse-1"
@@ -163,10 +164,9 @@ def _read(path: Path, head: bytes, jit: bool):
 
 def _sharded(path: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index ("model.safetensors.index.json") names."""
-    index = json.loads(path.read_bytes()).get("weight_map")
-    if not isinstance(index, Mapping):
+    files = shards(path)
+    if not files:
         raise LabError(f"{path} is JSON and holds no weights; name the file of weights beside it")
-    files = [path.parent / name for name in dict.fromkeys(index.values())]
     if missing := [file.name for file in files if not file.is_file()]:
         raise LabError(f"{path} names {missing[0]}, which is not beside it; fetch that, too")
     return {key: tensor for file in files for key, tensor in read_tensors(file).items()}

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import choose
-from ..clip import Backbone, ClassNames, first_names, frozen_copy
-from ..pruning import cap_regions, crop_regions, kd_loss, region_images
+from ..clip import Backbone, ClassNames, first_names
+from ..pruning import Teacher, cap_regions, kd_loss, region_images
 from ..train import Chance
 from .mask2former import MaskFramework, Preset, regions
 
@@ -39,12 +39,15 @@ class Han(MaskFramework):
         backbone: kept as ``self.backbone`` and trained with the head, but for its attention pool,
             which is not on the path.
         preset: ``"paper"`` or ``"mini"``, the same classes, narrower and shallower.
-        teacher: the dense CLIP. A frozen copy is held outside of parameters and state; without
-            one there is no L_KD.
+        teacher: the dense CLIP, or one that remembers. A frozen copy is held outside of parameters
+            and state; without one there is no L_KD.
     """
 
     def __init__(
-        self, backbone: Backbone, preset: str = "paper", teacher: Backbone | None = None
+        self,
+        backbone: Backbone,
+        preset: str = "paper",
+        teacher: Teacher | Backbone | None = None,
     ) -> None:
         choose("preset", preset, PRESETS)
         super().__init__(backbone, PRESETS[preset])
@@ -52,7 +55,7 @@ class Han(MaskFramework):
         self.project = nn.Linear(self.preset.dim, backbone.embed_dim)
         taught = teacher is not None
         self.kd_scale = nn.Parameter(torch.ones(()), requires_grad=taught)  # s of L_KD
-        self._teacher = (frozen_copy(teacher),) if taught else ()  # a tuple hides it from torch
+        self._teacher = Teacher.of(teacher) if taught else None
 
     def forward(self, images: Tensor) -> dict[str, list[Tensor]]:
         """``masks`` (B, Q, h, w), logits at stride 4, and ``queries`` (B, Q, dim), layer by layer.
@@ -95,16 +98,15 @@ class Han(MaskFramework):
         chance: Chance,
     ) -> Tensor:
         """L_KD of each layer's matched queries, summed over layers."""
-        images, (teacher,) = targets["images"], self._teacher
-        counts = [len(mask) for mask in masks]
-        numbers = list(torch.arange(sum(counts)).split(counts))
-        kept, numbers = cap_regions(masks, numbers, self.preset.regions, chance)
-        numbers, image = torch.cat(numbers), region_images(kept)  # (R,)
+        images, counts = targets["images"], [len(mask) for mask in masks]
+        places = [torch.arange(count) for count in counts]
+        kept, places = cap_regions(masks, places, self.preset.regions, chance)
+        offsets = torch.tensor([0, *counts]).cumsum(0).tolist()
+        numbers = torch.cat([o + p for o, p in zip(offsets, places, strict=False)])  # (R,)
+        image = region_images(kept)  # (R,)
         words = self.backbone.text(first_names(targets["names"]))  # (C, D)
         text = words[torch.cat(classes)[numbers.to(images.device)]]  # (R, D)
-        with torch.no_grad():
-            teacher.to(images.device)
-            target = teacher.embed(crop_regions(images, kept, teacher.image_size))  # (R, D)
+        target = self._teacher(targets, kept, places)  # (R, D)
         losses = []
         for layer, found in zip(embedded, matches, strict=True):
             query = torch.full((sum(counts),), -1)  # of each region of the batch
@@ -112,10 +114,11 @@ class Han(MaskFramework):
             for (queries, matched), count in zip(found, counts, strict=True):
                 query[first + matched] = queries
                 first += count
-            query = query[numbers].to(images.device)  # (R,)
-            one = query >= 0  # the rest: more regions than queries
+            query = query[numbers]  # (R,)
+            one = (query >= 0).nonzero().flatten()  # the rest: more regions than queries
+            query, one = query[one].to(images.device), one.to(images.device)
             losses.append(
-                kd_loss(layer[image[one], query[one]], target[one], text[one], image[one],
+                kd_loss(layer[image[one], query], target[one], text[one], image[one],
                         self.kd_scale)["loss"]
             )  # fmt: skip
         return sum(losses)

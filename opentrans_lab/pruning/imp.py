@@ -23,22 +23,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checks import Count, Part, Positive, Rate, Seed, check
-from ..clip import Backbone, first_names, frozen_copy
+from ..clip import Backbone, first_names
 from ..errors import LabError
 from ..files import atomic_path, writable_folder
 from ..masks import Mask, prunable
 from ..records import read_table, revision, save_table
 from ..train import Chance, TrainConfig, fit
-from .losses import (
-    MEANS,
-    TERMS,
-    cap_regions,
-    class_loss,
-    crop_regions,
-    kd_loss,
-    pool_regions,
-    region_images,
-)
+from .losses import KD_TERMS, MEANS, cap_regions, class_loss, kd_loss, pool_regions, region_images
+from .teacher import Teacher
+
+TERMS = (*KD_TERMS, "class")
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class PruneConfig:
     batch_size: Positive = 28
     lr: Rate = 1e-4
     """Constant."""
-    terms: Annotated[str, (*TERMS, "class")] = "both"
+    terms: Annotated[str, TERMS] = "both"
     """Terms of L_KD: ``"both"``, ``"plain"``, ``"text"``. ``"class"`` is no distillation but
     supervision by class labels, which the paper argues against: the ablation's peer."""
     mean: Annotated[str, MEANS] = "joint"
@@ -111,25 +105,27 @@ class Student(nn.Module):
         return F.normalize(self.project(pool_regions(self.backbone(images)[-1], masks)), dim=-1)
 
 
-def distillation(student: Student, teacher: Backbone, config: PruneConfig) -> Callable:
+def distillation(student: Student, teacher: Teacher | Backbone, config: PruneConfig) -> Callable:
     """The objective of Algorithm 1 for ``fit``: L_KD on the batch's regions and nothing else.
 
     With ``terms="class"`` it is the ablation's supervised peer instead.
     """
+    teacher = Teacher.of(teacher)
 
     def objective(model: nn.Module, batch: dict) -> dict[str, Tensor]:
         chance = Chance(batch.get("seeds"), batch["images"].device)
-        masks, classes = cap_regions(batch["masks"], batch["classes"], chance=chance)
+        places = [torch.arange(len(mask)) for mask in batch["masks"]]
+        masks, places = cap_regions(batch["masks"], places, chance=chance)
+        classes = [c[p.to(c.device)] for c, p in zip(batch["classes"], places, strict=True)]
         embedded = model(batch["images"], masks)  # (R, D)
-        names = teacher.text(first_names(batch["names"]))  # (C, D)
+        names = teacher.clip.text(first_names(batch["names"]))  # (C, D)
         if config.terms == "class":
             return class_loss(embedded, names, torch.cat(classes))
-        with torch.no_grad():
-            target = teacher.embed(crop_regions(batch["images"], masks, teacher.image_size))
-            words = names[torch.cat(classes)]  # (R, D): all that is left of a label
+        words = names[torch.cat(classes)]  # (R, D): all that is left of a label
         return kd_loss(
-            embedded, target, words, region_images(masks), student.scale, config.terms, config.mean
-        )
+            embedded, teacher(batch, masks, places), words, region_images(masks), student.scale,
+            config.terms, config.mean,
+        )  # fmt: skip
 
     return objective
 
@@ -142,10 +138,13 @@ def distill(
     mask: Mask | None,
     out: Path | None = None,
     device: str | torch.device = "auto",
-    teacher: Backbone | None = None,
+    teacher: Teacher | Backbone | None = None,
 ) -> pd.DataFrame:
-    """``steps`` of L_KD under a fixed mask (the KD budget of a control); returns the history."""
-    teacher = frozen_copy(teacher or backbone)
+    """``steps`` of L_KD under a fixed mask (the KD budget of a control); returns the history.
+
+    Without a ``teacher``, the backbone as it comes.
+    """
+    teacher = Teacher.of(teacher or backbone)
     student = Student(backbone)
     return fit(
         student, distillation(student, teacher, config), batches,
@@ -160,6 +159,7 @@ def prune(
     config: PruneConfig,
     out: Path,
     device: str | torch.device = "auto",
+    teacher: Teacher | None = None,
 ) -> tuple[Mask, pd.DataFrame]:
     """Algorithm 1 in place on ``backbone``: returns its mask and a table of the rounds.
 
@@ -167,9 +167,10 @@ def prune(
     round, or are rewound; each round starts a fresh AdamW, so that no momentum of pruned weights
     survives. Folder ``out`` gets ``round_KK/`` with mask and history a round, and the last round's
     weights; round 0 is the dense stage. A process killed at any moment goes on from there.
+    Without a ``teacher``, the backbone as it comes.
     """
     out = writable_folder(out)
-    teacher = frozen_copy(backbone)
+    teacher = Teacher.of(teacher or backbone)
     student = Student(backbone)
     objective = distillation(student, teacher, config)
     mask = Mask.dense(backbone.visual)

@@ -15,8 +15,15 @@ from torchvision.ops import masks_to_boxes, roi_align
 from ..checks import choose
 from ..train import Chance, gathered, shared_mean
 
-GREY = 0.5
-TERMS, MEANS = ("both", "plain", "text"), ("joint", "two")  # of L_KD, see ``kd_loss``
+GREY = 0.5  # around a region
+ROOM = 1.1  # side of a crop in longer sides of its region
+SAMPLES = 2  # taken for each pixel of a crop, down and across
+KD_TERMS, MEANS = ("both", "plain", "text"), ("joint", "two")  # of L_KD, see ``kd_loss``
+
+
+def crop_rule(size: int) -> str:
+    """What ``crop_regions`` does, in words: other words, other crops."""
+    return f"{size} px, grey {GREY}, room {ROOM}, {SAMPLES} x {SAMPLES} samples"
 
 
 def region_images(masks: list[Tensor]) -> Tensor:
@@ -70,12 +77,12 @@ def crop_regions(images: Tensor, masks: list[Tensor], size: int) -> Tensor:
         return images.new_zeros(0, 3, size, size)
     boxes = masks_to_boxes(regions)  # (R, 4) x1 y1 x2 y2, inclusive
     centre, half = (boxes[:, :2] + boxes[:, 2:] + 1) / 2, (boxes[:, 2:] - boxes[:, :2] + 1) / 2
-    half = 1.1 * half.amax(1, keepdim=True)  # square, with a little room
+    half = ROOM * half.amax(1, keepdim=True)  # square, with a little room
     index = torch.arange(len(regions), device=images.device)[:, None]
     boxes = torch.cat([index, centre - half, centre + half], dim=1).float()
     # Relative to grey, what lies outside of the mask or of the picture is 0.
     shown = (images.float()[region_images(masks)] - GREY) * regions[:, None]
-    return roi_align(shown, boxes, size, sampling_ratio=2, aligned=True) + GREY
+    return roi_align(shown, boxes, size, sampling_ratio=SAMPLES, aligned=True) + GREY
 
 
 def kd_loss(
@@ -105,18 +112,19 @@ def kd_loss(
     Raises:
         LabError: unknown ``terms`` or ``mean``.
     """
-    choose("terms", terms, TERMS)
+    choose("terms", terms, KD_TERMS)
     choose("mean", mean, MEANS)
     with torch.autocast(student.device.type, enabled=False):  # differences of near-equal numbers
         student, teacher, text = student.float(), teacher.float(), text.float()
         plain = (student - teacher).square().sum(1)  # (R,)
-        same = image[:, None] == image[None]
-        pairs = (scale**2 * (text @ text.T) - student @ teacher.T).square()[same]  # (P,)
-        used = {"both": [plain, pairs], "plain": [plain], "text": [pairs]}[terms]
+        pairs = (scale**2 * (text @ text.T) - student @ teacher.T).square().flatten()  # (R * R,)
+        same = (image[:, None] == image[None]).float().flatten()  # to pick them out would wait
+        each, one = (plain, torch.ones_like(plain)), (pairs, same)
+        used = {"both": [each, one], "plain": [each], "text": [one]}[terms]
         if mean == "joint":
-            used = [torch.cat(used)]
-        loss = sum(shared_mean(term) for term in used)
-    return {"loss": loss, "plain": shared_mean(plain), "text": shared_mean(pairs)}
+            used = [tuple(map(torch.cat, zip(*used, strict=True)))]
+        loss = sum(shared_mean(*term) for term in used)
+    return {"loss": loss, "plain": shared_mean(*each), "text": shared_mean(*one)}
 
 
 def class_loss(

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import LabError
-from ..files import digest, find_pictures, fingerprint, mini_folder, named_root
+from ..files import digest, find_pictures, fingerprint, mini_folder, named_root, shards
 
 SHIPPED = (
     "497a452f74d835aa651ae2da61a56d7a1f84bc3d8f0be94930356a90bec28d64",
@@ -72,12 +72,20 @@ def weights(backbone: str | None, checkpoint: str) -> str:
     one); a tag, or a path that leads nowhere, as it is."""
     if backbone == "mini" and checkpoint != "random":
         folder = mini_folder(checkpoint)
-        found, about = (digest(folder / name) for name in ("model.safetensors", "config.json"))
+        found, about = _content(folder / "model.safetensors"), digest(folder / "config.json")
         if found and about != SHIPPED[1]:
             return hashlib.sha256(f"{found} {about}".encode()).hexdigest()
     else:
-        found = digest(Path(checkpoint).expanduser()) if _is_path(backbone, checkpoint) else ""
+        found = _content(Path(checkpoint).expanduser()) if _is_path(backbone, checkpoint) else ""
     return found or checkpoint
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of a file of weights, with those that it names where it is an index of several."""
+    found = digest(path)
+    if found and (files := shards(path)):
+        return hashlib.sha256(" ".join([found, *map(digest, files)]).encode()).hexdigest()
+    return found
 
 
 def _on_disk(params: dict) -> bool:

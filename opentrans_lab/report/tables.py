@@ -12,7 +12,10 @@ from scipy.stats import t as student_t
 from ..records import described, identity, paper, read_table, records, run_key
 
 APART = ("seed", "device", "devices")  # parameters that make no experiment another one
-ADDED = {"devices": 1, "jitter": False, "norm": "train", "precision": "auto", "reselect": 0}
+ADDED = {
+    "devices": 1, "jitter": False, "norm": "train", "precision": "auto", "reselect": 0, "pool": 0,
+    "targets": "fresh",
+}  # fmt: skip
 """Parameters that the first published runs did not have yet, with the values that they ran with."""
 BESIDE = ("parameters.rows", "parameters.selects", "parameters.regimes")
 """What else a run looked at: it changes nothing in a line."""

@@ -29,7 +29,7 @@ ASSUMPTIONS = (
     "Only training and evaluation count: not reading pictures from disk, alpha, figures, start-up,",
     "  nor the second evaluation in which FC-CLIP's two classifiers are taken apart.",
     "MACs are dense and of all layers: plain torch multiplies zeros, and frozen layers may save.",
-    f"Algorithm 1's teacher sees {REGIONS} crops a batch, the most there can be.",
+    f"Algorithm 1's teacher sees {REGIONS} crops a batch, the most there can be, and forgets them.",
     "Evaluation pictures are 4:3 with the parameter size as their shorter side.",
     "Memory is float32, without the libraries' own; bf16 takes about half of what grows with size.",
     "Disk is what stays; while a model trains, its checkpoint takes three times its size more.",
@@ -94,7 +94,8 @@ def measured(work: Work) -> tuple[float, str]:
         LabError: not even two pictures fit.
     """
     recipe, size = work.recipe, work.lab.size
-    lab = replace(work.lab, checkpoint="random", dataset="scenes", data_root="", jitter=False)
+    lab = replace(work.lab, checkpoint="random", dataset="scenes", data_root="", jitter=False,
+                  pool=0, targets="fresh")  # fmt: skip
     backbone = lab.load()
     device = next(backbone.parameters()).device
     batch_size = max(2, recipe.batch_size // lab.devices) if device.type == "cuda" else 2
