@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from opentrans_lab.alpha import alphas as alpha
 from opentrans_lab.alpha import layers
 from opentrans_lab.alpha.alphas import (
     AUTHORS_FROZEN,
@@ -28,7 +29,6 @@ from opentrans_lab.alpha.alphas import (
     read_state_dict,
     sensitivity,
 )
-from opentrans_lab.alpha.alphas import alphas as alpha
 from opentrans_lab.errors import LabError
 
 

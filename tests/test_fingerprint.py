@@ -21,7 +21,6 @@ from opentrans_lab.data import load_dataset
 from opentrans_lab.experiments import Lab, Recipe, segment_params, stage_folder
 from opentrans_lab.experiments.starts import save_weights
 from opentrans_lab.files import fingerprint, looking_once, mini_folder
-from opentrans_lab.files.paths import fingerprint as module
 from opentrans_lab.pruning import PruneConfig
 from opentrans_lab.records import PROJECT, Run, described, run_dir, run_key
 from opentrans_lab.records.sources import TAGS, data_files, identity, weights
@@ -315,7 +314,7 @@ def test_what_changes_while_it_runs_is_no_finished_run(tmp_path, data, runs, wri
 def test_a_plan_looks_at_a_data_set_once(data, monkeypatch):
     walks = []
     scan = os.scandir
-    monkeypatch.setattr(module.os, "scandir", lambda path: walks.append(path) or scan(path))
+    monkeypatch.setattr(os, "scandir", lambda path: walks.append(path) or scan(path))
     with looking_once():
         first = keys(dataset="folder", data_root=str(data))
         once = len(walks)

@@ -14,8 +14,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 
 from opentrans_lab.errors import LabError
-from opentrans_lab.masks import prunable
-from opentrans_lab.masks.mask import Mask, keeping
+from opentrans_lab.masks import Mask, keeping, prunable
 from opentrans_lab.masks.topk import count
 
 

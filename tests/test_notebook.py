@@ -11,7 +11,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opentrans_lab.cli import RunCommand, main
+from opentrans_lab.cli import main
+from opentrans_lab.cli.main import RunCommand
 from opentrans_lab.errors import LabError
 from opentrans_lab.records import load
 from opentrans_lab.runs import run_grid, run_notebook

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from opentrans_lab.pruning.teacher import Teacher
 from safetensors.torch import load_file, save_file
 
 from opentrans_lab.clip import load_backbone
@@ -17,6 +16,7 @@ from opentrans_lab.data import load_dataset
 from opentrans_lab.finetuning import freeze
 from opentrans_lab.heads import FRAMEWORKS, build
 from opentrans_lab.masks import Mask
+from opentrans_lab.pruning.teacher import Teacher
 from opentrans_lab.train import TrainConfig, fit
 
 STEPS = 7

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opentrans_lab.data.datasets import painter, scenes
+from opentrans_lab.data import painter, scenes
 from opentrans_lab.errors import LabError
 
 

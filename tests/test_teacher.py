@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from opentrans_lab.clip.backbone import MINI, Backbone, build_mini, mini_tokenizer
-from opentrans_lab.experiments.lab import Lab
-from opentrans_lab.pruning.teacher import Teacher
 from PIL import Image
 from safetensors.torch import load_file
 
 from opentrans_lab import losses
+from opentrans_lab.clip.backbone import MINI, Backbone, build_mini, mini_tokenizer
 from opentrans_lab.data import load_dataset
 from opentrans_lab.errors import LabError
+from opentrans_lab.experiments.lab import Lab
+from opentrans_lab.pruning.teacher import Teacher
 
 SIZE = 64
 ALL = 120  # pictures that processes fill a folder with

@@ -4,6 +4,7 @@ from .notebook import SWITCHES, code, defaults, given_in_types, place, read_note
 from .paper import paper, paper_wide
 from .results import (
     ASIDE,
+    PROJECT,
     STAGE,
     Run,
     collect,
@@ -26,6 +27,7 @@ from .sources import absolute, data_files, identity, weights
 
 __all__ = [
     "ASIDE",
+    "PROJECT",
     "Run",
     "STAGE",
     "SWITCHES",
