@@ -48,7 +48,7 @@ mini-clip: env  ## train the mini CLIP from scratch (about 20 minutes on two cor
 campaign: env  ## run the large grids for MINUTES minutes (MINUTES=60), going on where it stopped
 	$(BIN)/opentrans-lab campaign --minutes $(MINUTES)
 
-bench: env  ## time alpha, masks and counting against other libraries, and steps with frozen layers
+bench: env  ## time alpha, masks and counting against other libraries, steps with frozen layers and L_KD
 	$(BIN)/python tests/bench_alpha.py
 	$(BIN)/python tests/bench_masks.py
 	$(BIN)/python tests/bench_evaluate.py

@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import opentrans_lab  # noqa: F401, before torch: it says how threads wait
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # nbval reads a cell's messages after its end, and ZeroMQ drops what is over 1,000 of them, the

@@ -6,6 +6,7 @@
 What people come for, each from the room that holds it (docs/house.md shows all rooms).
 """
 
+import os
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -22,6 +23,13 @@ _FACE = {
     "cost": "costs",
 }
 __all__ = [*_FACE]
+
+# The threads of torch's OpenMP (libgomp, in its wheels) wait for work by spinning for milliseconds,
+# and where the machine does anything else they take the cores from each other: a step of L_KD took
+# ten times as long. A spin as short as this hands over to the next operation all the same. It must
+# be said before torch is loaded; your own setting wins.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def __getattr__(name: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,18 @@ def test_help_loads_nothing_heavy():
     assert told.stdout.splitlines()[-1] == "[]"
     for name in ("run", "report", "alpha", "cost", "mask", "campaign", "mini-clip"):
         assert name in told.stdout
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "PASSIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_wait_quietly_unless_the_user_says_how(own):
+    code = (
+        "import sys, os, opentrans_lab; names = 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'\n"
+        "print({n: os.environ[n] for n in names if n in os.environ}, 'torch' in sys.modules)"
+    )
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    where = {k: v for k, v in os.environ.items() if k not in names} | own
+    told = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True)
+    assert told.stdout.strip() == f"{own or {'GOMP_SPINCOUNT': '1000'}} False", "before torch loads"
 
 
 def test_version():

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from opentrans_lab import losses
 from opentrans_lab.clip.backbone import MINI, Backbone, build_mini, mini_tokenizer
 from opentrans_lab.data import load_dataset
 from opentrans_lab.errors import LabError
 from opentrans_lab.experiments.lab import Lab
+from opentrans_lab.pruning import losses
 from opentrans_lab.pruning.teacher import Teacher
 
 SIZE = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from itertools import count
+from itertools import count, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -169,21 +169,26 @@ class Scenes(Dataset):
         if not new:
             return
         drawn, _ = self._draw(new, device)
-        pixels = drawn.images.mul(255).round_().byte()
-        for index, image, masks, classes in zip(
-            new, pixels, drawn.masks, drawn.classes, strict=True
-        ):
-            slots = torch.arange(len(masks), dtype=torch.int8, device=device)
-            segments = ((slots + 1)[:, None, None] * masks).sum(0, dtype=torch.int8) - 1
+        images = drawn.images.mul(255).round_().byte()
+        segments = torch.stack([_segments(masks) for masks in drawn.masks])  # (N, S, S) int8
+        classes = torch.cat(drawn.classes).cpu().split([*map(len, drawn.classes)])
+        contents = map(digest, images.cpu(), segments.cpu(), repeat(self.size))
+        for row, (index, of, content) in enumerate(zip(new, classes, contents, strict=True)):
             pool[index] = {
-                "image": image,
-                "segments": segments,  # (S, S) int8
-                "classes": self.ids[classes.cpu()].numpy(),
-                "regions": np.arange(len(masks)),
+                "image": images[row],
+                "segments": segments[row],
+                "classes": self.ids[of].numpy(),
+                "regions": np.arange(len(of)),
                 "file": self._file(index),
                 "index": index,
-                "content": digest(image, segments, self.size),
+                "content": content,
             }
+
+
+def _segments(masks: torch.Tensor) -> torch.Tensor:
+    """Of each pixel, which of the disjoint masks (K, S, S) holds it, -1 for none: (S, S) int8."""
+    numbers = torch.arange(1, len(masks) + 1, dtype=torch.int8, device=masks.device)
+    return (numbers[:, None, None] * masks).sum(0, dtype=torch.int8) - 1
 
 
 @lru_cache(maxsize=1)
