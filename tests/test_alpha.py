@@ -522,7 +522,7 @@ def test_freeze_probability_counts_fitted_replicates_only(monkeypatch):
 
 @pytest.mark.parametrize("options", [dict(bootstrap=-1), dict(bootstrap=2.5), dict(seed=-1)])
 def test_odd_numbers_are_refused(options):
-    with pytest.raises(LabError, match="use"):
+    with pytest.raises(LabError, match="must be"):
         layer_alphas(nn.Linear(30, 30), **options)
 
 
