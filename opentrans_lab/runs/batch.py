@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from ..checks import Duration, Positive, checked
 from ..files import looking_once
+from ..records import load, runs_root, writable_runs
 from .grids import Job
 from .job import RunResult, run_job
-from ..records import load, runs_root, writable_runs
 from .workers import Ended, Started, run_on_workers
 
 

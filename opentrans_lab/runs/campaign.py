@@ -12,18 +12,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .batch import run_grid, run_notebook
 from ..checks import Duration, Positive, checked
-from ..files import looking_once
+from ..files import atomic_path, looking_once, writable_folder
+from ..records import described, identity, load, records, results_root
+from ..report import build_report, duration, experiment
+from .batch import run_grid, run_notebook
 from .grids import Job, find_notebook, load_grid
 from .job import RunResult
-from ..files import atomic_path, writable_folder
-from ..report import duration
 from .plan import past_speed, plan
-from ..report import build_report
-from ..records import described, load, records, results_root
-from ..records import identity
-from ..report import experiment
 
 TABLES = "05_paper_tables"
 

@@ -14,16 +14,18 @@ from pathlib import Path
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..costs import training_cost
-from ..costs import meta_backbone, meta_framework, trace
-from ..experiments import check_shares
-from ..experiments import segment_params
+from ..costs import meta_backbone, meta_framework, trace, training_cost
+from ..experiments import (
+    Lab,
+    Recipe,
+    check_shares,
+    distill_params,
+    prune_params,
+    segment_params,
+    stage_folder,
+)
+from ..pruning import TRAINED, PruneConfig
 from .grids import Job
-from ..experiments import Lab, stage_folder
-from ..pruning import PruneConfig
-from ..experiments import distill_params, prune_params
-from ..pruning import TRAINED
-from ..experiments import Recipe
 
 REGIONS = 200  # most crops of a batch that the teacher of L_KD sees
 VALIDATION = {

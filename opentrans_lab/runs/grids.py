@@ -13,9 +13,7 @@ import yaml
 
 from ..errors import LabError
 from ..files import shipped
-from ..records import SWITCHES, defaults, given_in_types
-from ..records import run_dir
-from ..records import absolute
+from ..records import SWITCHES, absolute, defaults, given_in_types, run_dir
 
 GRID_KEYS = {"runs", "defaults", "outermost"}
 ENTRY_KEYS = {"notebook", "parameters", "after_all"}

@@ -31,13 +31,25 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import papermill_io
 
 from ..errors import LabError
-from .grids import Job
-from ..records import code, defaults, place, read_notebook
-from ..files import atomic_path, keep
+from ..files import FILE, Files, atomic_path, keep
+from ..records import (
+    ASIDE,
+    STAGE,
+    Run,
+    code,
+    defaults,
+    identity,
+    load,
+    place,
+    plain,
+    put,
+    read_notebook,
+    run_key,
+    runs_root,
+    writable_runs,
+)
 from ..report import run_page
-from ..records import ASIDE, STAGE, Run, load, plain, put, run_key, runs_root, writable_runs
-from ..records import identity
-from ..files import FILE, Files
+from .grids import Job
 
 ATTEMPTS = 2  # of a job that fails by no fault of the user's: machines hiccup
 TAKEN = ("report", "stages")  # folders of runs that are no notebook's

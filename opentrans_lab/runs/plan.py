@@ -15,14 +15,14 @@ from statistics import median
 import pandas as pd
 import torch
 
+from ..costs import step_costs
 from ..errors import LabError
+from ..experiments import Recipe, framework_options
 from ..files import looking_once
 from ..heads import build
-from .grids import Job
 from ..records import load, runs_root
-from ..costs import step_costs
-from ..experiments import Recipe, framework_options
 from .estimate import REGIONS, Work, step_macs, work_of
+from .grids import Job
 
 RUN_BYTES = 2e6  # of a run's notebook, page and figures; measured on the demo
 ASSUMPTIONS = (

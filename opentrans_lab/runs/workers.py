@@ -33,9 +33,9 @@ from tqdm.auto import tqdm
 
 from ..errors import LabError
 from ..files import DATA_VARIABLES
+from ..records import runs_root
 from .grids import Job
 from .job import RunResult, run_job
-from ..records import runs_root
 
 LOOPBACK = "127.0.0.1"
 OURS = {  # of the scheduler that we start
