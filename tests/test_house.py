@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +74,16 @@ def test_a_face_says_what_the_room_offers():
 def test_the_librarys_face_is_lazy_and_whole():
     for name in opentrans_lab.__all__:
         assert callable(getattr(opentrans_lab, name))
+
+
+def test_the_page_of_calls_is_what_the_docstrings_say():
+    make = runpy.run_path(str(LIBRARY.parent / "docs" / "make_api.py"))
+    written = (LIBRARY.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    assert written == make["page"](), "run python docs/make_api.py"
+
+
+def test_contributing_names_files_that_are_there():
+    root = LIBRARY.parent
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:opentrans_lab|tests|notebooks|docs|data)/[\w./-]+)`", text)
+    assert len(named) > 10 and not [name for name in named if not (root / name).exists()]
