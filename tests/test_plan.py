@@ -19,11 +19,10 @@ from opentrans_lab.experiments import Lab, framework_options
 from opentrans_lab.heads import FRAMEWORKS, build
 from opentrans_lab.pruning.imp import PruneConfig, Student, distillation
 from opentrans_lab.runs import estimate as working
-from opentrans_lab.runs import plan as planning
 from opentrans_lab.runs import run_grid
 from opentrans_lab.runs.estimate import step_macs, work_of
 from opentrans_lab.runs.grids import Job, load_grid
-from opentrans_lab.runs.plan import describe_plan, measured, past_speed, plan, reference
+from opentrans_lab.runs.plan import _fitting, describe_plan, measured, past_speed, plan, reference
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 TINY = dict(
@@ -181,11 +180,11 @@ def test_a_small_device_is_measured_with_as_many_pictures_as_fit():
             raise torch.OutOfMemoryError
         return 10.0 * pictures
 
-    assert planning._fitting(partial(steps, room=64), 28) == (280.0, 28)
-    assert planning._fitting(partial(steps, room=8), 28) == (70.0, 7)
-    assert planning._fitting(partial(steps, room=2), 28) == (20.0, 2)
+    assert _fitting(partial(steps, room=64), 28) == (280.0, 28)
+    assert _fitting(partial(steps, room=8), 28) == (70.0, 7)
+    assert _fitting(partial(steps, room=2), 28) == (20.0, 2)
     with pytest.raises(LabError, match="not even two pictures .* give --images-per-second"):
-        planning._fitting(partial(steps, room=1), 28)
+        _fitting(partial(steps, room=1), 28)
 
 
 def test_numbers_of_parameters_stay_whole_beside_runs_that_lack_them(runs):
