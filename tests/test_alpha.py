@@ -4,6 +4,7 @@ import copy
 import itertools
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import open_clip
@@ -22,7 +23,6 @@ from opentrans_lab.alpha.alphas import (
     RESHAPES,
     RULES,
     compare_authors,
-    esd,
     fit_alpha,
     layer_alphas,
     mp_edge,
@@ -30,6 +30,8 @@ from opentrans_lab.alpha.alphas import (
     sensitivity,
 )
 from opentrans_lab.errors import LabError
+
+esd = import_module("opentrans_lab.alpha.esd")  # its face has the function of that name
 
 
 @pytest.fixture(scope="module")
