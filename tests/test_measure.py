@@ -1,5 +1,7 @@
 """`opentrans-lab evaluate`: a trained model on another split, data set or measure."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -57,6 +59,16 @@ def test_another_data_set_with_a_broken_image(trained, tmp_path):
     for mistake, words in (({}, "no panoptic quality"), ({"window": 36}, "leave --window out")):
         with pytest.raises(LabError, match=words):
             measure(trained("fcclip").folder, panoptic=True, **mistake, **where)
+
+
+def test_a_model_where_nothing_can_be_written_is_measured(trained):
+    """Only its progress is not kept, and a warning says so."""
+    folder = trained("deeplabv3").folder
+    shutil.rmtree(folder / "evaluations", ignore_errors=True)
+    (folder / "evaluations").touch()
+    with pytest.warns(UserWarning, match="progress of the evaluation, .* cannot be written"):
+        assert "mIoU" in str(measure(folder, size=64, images=2, **CPU))
+    (folder / "evaluations").unlink()
 
 
 def test_panoptic_quality_of_a_mask_framework_only(trained):

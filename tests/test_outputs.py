@@ -19,10 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opentrans_lab.cli import main
+from opentrans_lab.data import load_dataset
 from opentrans_lab.errors import LabError, shown
+from opentrans_lab.evaluation import segment
+from opentrans_lab.experiments import Lab
 from opentrans_lab.experiments.lab import cached
-from opentrans_lab.files import FILE, Files, find_pictures, href, linked
+from opentrans_lab.files import FILE, Files, find_pictures, href, linked, read_state_dict
 from opentrans_lab.files.outputs import DRAWN, atomic_path, keep, writable
+from opentrans_lab.masks import Mask
 from opentrans_lab.records import Run, load, records, save_table
 from opentrans_lab.report import build_report
 from opentrans_lab.report.page import heading, run_page
@@ -114,6 +118,22 @@ def test_home_is_meant_in_every_spelling(command, tmp_path, monkeypatch, runs):
     Run("01", {}).save({})
     found = {p.relative_to(tmp_path).parts[1] for p in tmp_path.rglob("*") if p.is_file()}
     assert found == {"a", "c.csv", "site", "t.csv", "runs"} and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_state_dict,
+        Mask.load,
+        find_pictures,
+        lambda path: load_dataset("folder", "val", path),
+        lambda path: Lab(backbone="RN50", checkpoint=path).load(),
+        lambda path: segment(path, ["a"]),
+    ],
+)
+def test_a_home_that_is_not_there_is_no_riddle(read):
+    with pytest.raises(LabError, match="whose home is meant is not known here"):
+        read("~nobody-of-this-name/x")
 
 
 @pytest.mark.parametrize("place", ["file/runs", "/proc/runs", "/dev/full"])

@@ -15,7 +15,7 @@ from tyro.conf import subcommand as named
 
 from ..checks import Count, Seed
 from ..errors import LabError
-from ..files import DRAWN, TABLES, keep, writable
+from ..files import DRAWN, TABLES, at_home, keep, writable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +97,7 @@ class AlphaCommand:
         from ..clip import RESNETS, fetch, load_backbone
         from ..files import read_state_dict
 
-        file, prefix = Path(self.model).expanduser(), self.prefix
+        file, prefix = at_home(self.model), self.prefix
         if file.is_file():
             if self.checkpoint:
                 raise LabError(f"{file} is a file already; --checkpoint goes with a model's name")
@@ -108,7 +108,7 @@ class AlphaCommand:
                 raise LabError(f"--prefix goes with a file of weights, not with {self.model}")
             return load_backbone(self.model, self.checkpoint, "cpu").visual
         known = open_clip.pretrained.get_pretrained_cfg(self.model, self.checkpoint)
-        file = Path(self.checkpoint).expanduser()
+        file = at_home(self.checkpoint)
         if not known and not file.is_file():
             tags = open_clip.list_pretrained_tags_by_model(self.model)
             raise LabError(

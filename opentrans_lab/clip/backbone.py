@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..device import float32, pick
 from ..errors import LabError
-from ..files import mini_folder
+from ..files import at_home, mini_folder
 from .text import TextEncoder, find_templates
 from .weights import RESNETS, fetch, fill, read
 
@@ -240,7 +240,7 @@ def _find_resnet(name: str, checkpoint: str) -> tuple[dict, dict[str, Tensor] | 
         return config, None, Path()
     base, tag = name.removesuffix(QUICK), checkpoint or "openai"
     known = get_pretrained_cfg(base, tag)
-    path = fetch(base, tag, known) if known else Path(tag).expanduser()
+    path = fetch(base, tag, known) if known else at_home(tag)
     if not path.is_file():
         tags = ", ".join(t for n, t in open_clip.list_pretrained() if n == base)
         raise LabError(f"checkpoint {tag!r} is no file and no tag of {base}; its tags are {tags}")

@@ -20,7 +20,7 @@ from ..data import pictures
 from ..device import float32, pick
 from ..errors import LabError
 from ..figures import compare, overlay
-from ..files import read_state_dict
+from ..files import at_home, read_state_dict
 from ..heads import FRAMEWORKS, build
 from ..records import runs_root
 from .evaluate import evaluating, predict
@@ -98,7 +98,7 @@ def segment(
     picture = read_picture(image)
     where, source = pick(device), type(model).__name__
     if not isinstance(model, nn.Module):
-        folder = Path(model) if model else newest(framework)
+        folder = at_home(model) if model else newest(framework)
         model, trained = open_model(folder, where)
         size, source = size or trained, str(folder)
     with evaluating(model, where):
@@ -130,7 +130,7 @@ def read_picture(image: str | Path | Image.Image | Tensor | np.ndarray) -> Tenso
         if isinstance(image, np.ndarray):
             image = _from_array(image)
         if not isinstance(image, Image.Image):
-            path = Path(image).expanduser()
+            path = at_home(image)
             if not path.is_file():
                 raise LabError(f"there is no picture {path}")
             image = path

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import LabError
+from .outputs import at_home
 
 DATA_VARIABLES = ("OPENTRANS_DATA", "DETECTRON2_DATASETS")  # the second for benchmarks only
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -159,9 +160,10 @@ def find_root(key: str, given: str | Path | None, layout: str) -> Path:
     if not value:
         others = " or ".join(_variables(key))
         raise LabError(f"dataset={key!r} needs data_root (or the variable {others}): {layout}")
-    if not Path(value).expanduser().is_dir():
+    folder = at_home(value)
+    if not folder.is_dir():
         raise LabError(f"{source}={value} is not a folder: {layout}")
-    return Path(value).expanduser()
+    return folder
 
 
 def find_pictures(text: str) -> list[Path]:
@@ -179,7 +181,7 @@ def find_pictures(text: str) -> list[Path]:
         raise LabError(f"pictures={text!r}: {error}; quote what has spaces in it") from error
     found: dict[Path, None] = {}
     for part in parts:
-        path = Path(part).expanduser()
+        path = at_home(part)
         if path.is_dir():
             some = [path / n for n in entries(path) if n.lower().endswith(PICTURES)]
             if not some:

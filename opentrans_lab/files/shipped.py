@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..errors import LabError
+from .outputs import at_home, writable_folder
 from .paths import there
 
 
@@ -25,7 +26,7 @@ def copy_shipped(path: str, folder: Path) -> Path:
     Raises:
         LabError: there is something already.
     """
-    folder = folder.expanduser()
+    folder = writable_folder(folder)
     if folder.exists() and there(folder):
         raise LabError(f"{folder} is not empty; name a new folder: nothing of yours is overwritten")
     left_out = shutil.ignore_patterns(".*", "__pycache__")
@@ -35,4 +36,4 @@ def copy_shipped(path: str, folder: Path) -> Path:
 def mini_folder(checkpoint: str = "") -> Path:
     """Where the mini CLIP is: ``checkpoint``, ``$OPENTRANS_MINI_CLIP``, or the project's own."""
     named = checkpoint or os.environ.get("OPENTRANS_MINI_CLIP") or shipped("data/mini_clip")
-    return Path(named).expanduser()
+    return at_home(named)

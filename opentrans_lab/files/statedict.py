@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import LabError
+from .outputs import at_home
 from .paths import shards
 from .prefixes import choose, flatten, fold_pruned, largest
 
@@ -123,7 +124,7 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _load(path: str | Path, jit: bool) -> Mapping:
     """What a file holds, whatever form it has."""
-    path = Path(path).expanduser()
+    path = at_home(path)
     try:
         head = check_file(path)
         state = _read(path, head, jit)

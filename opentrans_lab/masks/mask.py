@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import LabError
-from ..files import atomic_path, check_file, flatten, pack_bits, unpack_bits
+from ..files import at_home, atomic_path, check_file, flatten, pack_bits, unpack_bits
 from .authors import read_authors, write_authors
 from .keeping import Holding
 from .topk import count, top_k
@@ -247,7 +247,7 @@ class Mask(Mapping[str, Tensor]):
             LabError: missing, not safetensors, or not a mask of this lab.
         """
         try:
-            check_file(path := Path(path).expanduser())
+            check_file(path := at_home(path))
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 packed = {name: file.get_tensor(name) for name in file.keys()}
