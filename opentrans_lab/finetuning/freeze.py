@@ -9,14 +9,12 @@ import torch
 from torch import nn
 
 from ..checks import checked
-from ..checks import checked
 from ..masks import FIRST, locate
 from .select import STAGES, stage_of
 
 _FUSED = {"in_proj": "_weight", "qkv": ".weight"}  # one tensor of q, k and v; a spectrum each
 
 
-@checked
 @checked
 def freeze(model: nn.Module, names: Iterable[str], norm: bool = False) -> int:
     """Stop training the weights of these layers; returns how many weights that freezes.
