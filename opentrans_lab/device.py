@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .checks import choose
 from .errors import LabError
@@ -60,6 +61,11 @@ def float32() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """No autocast where ``x`` is; shapes alone (the meta device) know none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def seed_everything(seed: int) -> None:

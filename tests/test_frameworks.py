@@ -19,9 +19,10 @@ def model_of(framework, **options):
     return build(framework, load_backbone("mini", device="cpu"), "mini", **options)
 
 
-@pytest.fixture(params=FRAMEWORKS)
+@pytest.fixture(params=[*FRAMEWORKS, "han fpn", "fcclip fpn"])
 def model(request):
-    return model_of(request.param)
+    framework, *decoder = request.param.split()
+    return model_of(framework, **({"pixel_decoder": decoder[0]} if decoder else {}))
 
 
 def batch(n=2):

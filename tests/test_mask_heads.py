@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import permutations
 from types import SimpleNamespace
 
 import pytest
@@ -9,18 +10,19 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import Mask2FormerForUniversalSegmentation
 
 from opentrans_lab.clip import MINI, Backbone, build_mini, frozen_copy, mini_tokenizer
-from opentrans_lab.costs import meta_backbone
+from opentrans_lab.costs import cost, count, meta_backbone, meta_framework
 from opentrans_lab.data import scenes
 from opentrans_lab.errors import LabError
+from opentrans_lab.heads.criterion import assign, regions
 from opentrans_lab.heads.fcclip import FCCLIP, attention_pool
 from opentrans_lab.heads.han import KD_WEIGHT, Han
 from opentrans_lab.heads.inference import cut, merge, pad, segment_classes
-from opentrans_lab.heads.mask2former import regions
 from opentrans_lab.masks import Mask
-from opentrans_lab.pruning import crop_regions, kd_loss
+from opentrans_lab.pruning import crop_regions, kd_loss, region_images
 from opentrans_lab.train import Chance
 
 TINY = {
@@ -93,6 +95,41 @@ class Maps(nn.Module):
         return SimpleNamespace(feature_maps=self.clip(images))
 
 
+class Drawn(Chance):
+    """Notes what ours draws, in order: points of the matching, many points to choose from, rest."""
+
+    def __init__(self):
+        super().__init__(None, torch.device("cpu"))
+        self.numbers = []
+
+    def rand(self, rows, *shape):
+        self.numbers.append(super().rand(rows, *shape))
+        return self.numbers[-1]
+
+
+class Again(TorchFunctionMode):
+    """Gives them to transformers' loss, which goes from layer to layer, the last one first, there
+    from image to image, and whose matched masks stand in the order of their queries."""
+
+    def __init__(self, drawn, matches, image):
+        super().__init__()
+        layers, images = len(matches), int(image.max()) + 1
+        match, many, rest = drawn.numbers
+        self.queue = []
+        for layer in (-1, *range(layers - 1)):
+            self.queue += [m[None, layer] for m in match.unflatten(0, (-1, layers))]
+            order = (image * 1000 + matches[layer]).argsort()
+            self.queue += [p.unflatten(0, (-1, layers))[order, layer] for p in (many, rest)]
+        assert images == len(match) // layers
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.rand:
+            return func(*args, **(kwargs or {}))
+        numbers = self.queue.pop(0)
+        assert numbers.shape == args
+        return numbers
+
+
 def test_masks_and_loss_are_those_of_transformers():
     clip = backbone().eval()
     preset = build("han").preset
@@ -110,24 +147,26 @@ def test_masks_and_loss_are_those_of_transformers():
     data = scene_batch(3)
     data["masks"][1], data["classes"][1] = data["masks"][1][:0], data["classes"][1][:0]
 
-    outputs = ours(data["images"])
-    torch.manual_seed(7)
-    loss = ours.loss(outputs, data)
-    torch.manual_seed(7)
-    expected = theirs(
-        data["images"],
-        mask_labels=[m.float() for m in data["masks"]],
-        class_labels=data["classes"],
-        output_auxiliary_logits=True,
-    )
+    outputs, drawn = ours(data["images"]), Drawn()
+    logits = ours.embed(outputs["queries"])
+    losses, matches = ours.criterion(outputs["masks"], logits, *regions(data), drawn)
+    loss = losses | {"loss": sum(losses.values())}
+    image = region_images(data["masks"])
+    with Again(drawn, matches, image) as again:
+        expected = theirs(
+            data["images"],
+            mask_labels=[m.float() for m in data["masks"]],
+            class_labels=data["classes"],
+            output_auxiliary_logits=True,
+        )
+    assert not again.queue
     layers = [a["masks_queries_logits"] for a in expected.auxiliary_logits]
     layers.append(expected.masks_queries_logits)
     assert len(outputs["masks"]) == len(layers) == preset.decoder_layers + 1
     for mine, other in zip(outputs["masks"], layers, strict=True):
         assert mine.std() > 0.1
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=0)
-    torch.testing.assert_close(loss["loss"], expected.loss, atol=1e-4, rtol=0)
-    assert loss["loss"] == loss["class"] + loss["mask"] + loss["dice"]
+    torch.testing.assert_close(loss["loss"], expected.loss, atol=1e-5, rtol=1e-6)
     loss["loss"].backward()
     gradient = ours.transformer.queries_features.weight.grad.clone()
     ours.zero_grad()
@@ -142,6 +181,43 @@ def test_weights_of_another_size_are_refused():
     state = Mask2FormerForUniversalSegmentation(other).state_dict()
     with pytest.raises(LabError, match="pixel_level_module.decoder of Preset"):
         model.load_mask2former(state)
+
+
+def test_the_pyramid_is_no_deformable_attention_and_costs_less():
+    other = build("han", pixel_decoder="fpn")
+    with pytest.raises(LabError, match="pixel_decoder='msda'"):
+        other.load_mask2former({})
+    for framework in ("han", "fcclip"):
+        totals = {}
+        for decoder in ("msda", "fpn"):
+            model = meta_framework(framework, pixel_decoder=decoder)
+            table = cost(model).query("convention == 'uniform'").set_index("component")
+            totals[decoder] = table["macs"][["pixel_decoder", "total"]]
+            samples = count(model).trace.rows["op"].eq("grid_sampler_2d").any()
+            assert samples == (decoder == "msda")
+        assert (totals["fpn"] < totals["msda"]).all()
+        rest = [t["total"] - t["pixel_decoder"] for t in totals.values()]
+        assert rest[0] == rest[1]
+
+
+def test_matches_are_the_cheapest():
+    costs = torch.rand(2, 2, 3, 4)
+    costs[0, 0, 1] = math.nan  # taken where nothing else is left, as transformers does
+    found = assign(costs, [2, 4])
+    assert found.shape == (2, 6)
+    for layer, of_layer in enumerate(costs):
+        for one, query in zip(of_layer, found[layer].split([2, 4]), strict=True):
+            taken = query[query >= 0]
+            assert len(taken.unique()) == len(taken) == min(3, len(query))
+            regions = torch.arange(len(query))
+            total = one[taken, regions[query >= 0]].nan_to_num(1e9).sum()
+            few = one[:, : len(query)].nan_to_num(1e9)
+            tall = few if len(query) <= 3 else few.T
+            best = min(
+                sum(tall[q, k] for k, q in enumerate(order))
+                for order in permutations(range(len(tall)), tall.shape[1])
+            )
+            torch.testing.assert_close(total, best)
 
 
 def test_paper_presets_have_the_published_counts():
@@ -285,14 +361,15 @@ def test_kd_is_of_the_matched_queries_of_every_layer():
     torch.manual_seed(5)
     loss = model.loss(outputs, data)
     torch.manual_seed(5)
-    embedded = [model.embed(q) for q in outputs["queries"]]
-    logits = [model.logits(e * model.scale, NAMES) for e in embedded]
+    embedded = model.embed(outputs["queries"])
+    logits = model.logits(embedded * model.scale, NAMES)
     _, matches = model.criterion(outputs["masks"], logits, data["masks"], data["classes"])
     text, total = model.backbone.text(NAMES), 0
+    counts = [len(m) for m in data["masks"]]
     for layer, found in zip(embedded, matches, strict=True):
         student, target, words, image = [], [], [], []
-        for i, (queries, matched) in enumerate(found):
-            for query, region in zip(queries.tolist(), matched.tolist(), strict=True):
+        for i, queries in enumerate(found.split(counts)):
+            for region, query in enumerate(queries.tolist()):
                 mask = [m[:0] for m in data["masks"]]
                 mask[i] = data["masks"][i][region][None]
                 student.append(layer[i, query])
@@ -325,13 +402,14 @@ def test_region_dropout_asks_for_fewer_classes():
     model = build("han")
     data = scene_batch()
     classes = regions(data)[1]
-    logits = torch.zeros(2, 5, 13)
+    logits = torch.zeros(1, 2, 5, 13)
     logits[..., 12] = 50.0  # all say "no object": wrong for the matched ones alone
-    found = [(torch.arange(len(c)), torch.arange(len(c))) for c in classes]
-    chance = Chance(None, logits.device)
-    full = model.criterion.loss_classes(logits, classes, found, chance)
-    model.criterion.region_dropout = 1.0
-    assert full > 1 and model.criterion.loss_classes(logits, classes, found, chance) < 1e-6
+    query = torch.cat([torch.arange(len(c)) for c in classes])[None]
+    image = region_images(classes)
+    chance, criterion = Chance(None, logits.device), model.criterion
+    full = criterion.loss_classes(logits, classes, query, image, chance)
+    criterion.preset = replace(criterion.preset, region_dropout=1.0)
+    assert full > 1 and criterion.loss_classes(logits, classes, query, image, chance) < 1e-6
 
 
 # --- the ensemble ---------------------------------------------------------------------------------
@@ -427,8 +505,8 @@ def test_the_head_pools_the_features_under_its_masks():
     hidden = torch.randn(1, 3, 64)
     one = pixels[0][:, masks[0, 0] > 0].mean(1)
     wanted = model.class_embed(model.pooled(one) + hidden[0, 0])
-    found = model._embed(hidden, masks, pixels)
-    torch.testing.assert_close(found[0, 0], F.normalize(wanted, dim=0) * model.scale)
+    found = model._embed(hidden[None], [masks], pixels)
+    torch.testing.assert_close(found[0, 0, 0], F.normalize(wanted, dim=0) * model.scale)
     assert found.isfinite().all()
     with torch.no_grad():
         model.log_scale.fill_(9.0)
@@ -543,3 +621,5 @@ def test_unknown_words_are_refused():
         FCCLIP(backbone(), "huge")
     with pytest.raises(LabError, match="clip='melted'"):
         FCCLIP(backbone(), "mini", clip="melted")
+    with pytest.raises(LabError, match="pixel_decoder='unet'"):
+        Han(backbone(), "mini", pixel_decoder="unet")

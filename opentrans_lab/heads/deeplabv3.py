@@ -108,7 +108,7 @@ class DeepLabV3(nn.Module):
         logits = self.logits(outputs, targets["names"])
         logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
         each = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
-        return {"loss": shared_mean(each, (labels != IGNORE).float())}
+        return {"loss": shared_mean(each.flatten(), (labels != IGNORE).float().flatten())}
 
     def scores(self, images: Tensor, class_names: ClassNames) -> Tensor:
         """Class scores (B, C, h, w) for any vocabulary, as dense as ``forward``'s embeddings.

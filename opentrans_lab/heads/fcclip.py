@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ..checks import choose
 from ..clip import Backbone, ClassNames, best_name, flat_names
+from ..device import full_precision
 from ..train import Chance
-from .mask2former import MaskFramework, Preset, full_precision, regions
+from .criterion import regions
+from .mask2former import MaskFramework, Preset
 
 PRESETS = {
     "paper": Preset(queries=250),
@@ -42,6 +44,7 @@ class FCCLIP(MaskFramework):
         clip: ``"frozen"`` (the authors' way; in eval mode whatever ``train`` says) or ``"tuned"``.
         seen_names: names seen in segmentation training. Default: those of the batches that
             ``loss`` sees in training mode; they are saved with the weights.
+        pixel_decoder: ``"msda"`` or ``"fpn"``, see ``MaskFramework``.
     """
 
     PARTS = {
@@ -56,10 +59,11 @@ class FCCLIP(MaskFramework):
         preset: str = "paper",
         clip: str = "frozen",
         seen_names: ClassNames | None = None,
+        pixel_decoder: str = "msda",
     ) -> None:
         choose("preset", preset, PRESETS)
         choose("clip", clip, CLIP)
-        super().__init__(backbone, PRESETS[preset])
+        super().__init__(backbone, PRESETS[preset], pixel_decoder)
         dim = self.preset.dim
         self.pooled = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
         self.class_embed = nn.Sequential(
@@ -87,24 +91,24 @@ class FCCLIP(MaskFramework):
         self.seen_names = frozenset(json.loads(bytes(state.tolist())))
 
     def forward(self, images: Tensor) -> dict:
-        """``masks`` (B, Q, h, w), logits at stride 4, and ``embeddings`` (B, Q, D), layer by layer.
+        """``masks``, a list of (B, Q, h, w), logits at stride 4, and ``embeddings`` (L, B, Q, D).
 
         Embeddings are of unit length times the learned scale. ``clip`` is the tower's last map.
         images (B, 3, H, W) in [0, 1] with sides that are multiples of 32. All layers also in
         evaluation, as in the authors' code, whose published FLOPs hold them.
         """
         decoded = self.decode(images)
-        embeddings = [
-            self._embed(hidden, masks, decoded.pixels)
-            for hidden, masks in zip(decoded.hidden, decoded.masks, strict=True)
-        ]
+        embeddings = self._embed(decoded.hidden, decoded.masks, decoded.pixels)
         return {"masks": decoded.masks, "embeddings": embeddings, "clip": decoded.clip}
 
-    def _embed(self, hidden: Tensor, masks: Tensor, pixels: Tensor) -> Tensor:
-        inside = (masks.detach() > 0).to(pixels.dtype)  # (B, Q, h, w)
-        total = torch.einsum("bchw,bqhw->bqc", pixels, inside)
-        area = inside.float().sum((2, 3))[..., None]
-        embedded = self.class_embed(self.pooled(total / area.clamp_min(1e-8)) + hidden)
+    def _embed(self, hidden: Tensor, masks: list[Tensor], pixels: Tensor) -> Tensor:
+        means = []
+        for mask in masks:
+            inside = (mask.detach() > 0).to(pixels.dtype)  # (B, Q, h, w)
+            total = torch.einsum("bchw,bqhw->bqc", pixels, inside)
+            area = inside.float().sum((2, 3))[..., None]
+            means.append(total / area.clamp_min(1e-8))
+        embedded = self.class_embed(self.pooled(torch.stack(means)) + hidden)
         return F.normalize(embedded.float(), dim=-1) * self.scale
 
     def loss(self, outputs: dict, targets: dict) -> dict[str, Tensor]:
@@ -114,7 +118,7 @@ class FCCLIP(MaskFramework):
         """
         if self.training and self._learns_names:
             self.seen_names |= frozenset(flat_names(targets["names"])[0])
-        logits = [self.logits(e, targets["names"]) for e in outputs["embeddings"]]
+        logits = self.logits(outputs["embeddings"], targets["names"])
         chance = Chance(targets.get("seeds"), targets["masks"][0].device)
         losses, _ = self.criterion(outputs["masks"], logits, *regions(targets), chance)
         return {"loss": sum(losses.values()), **losses}

@@ -13,7 +13,8 @@ from ..checks import choose
 from ..clip import Backbone, ClassNames, first_names
 from ..pruning import Teacher, cap_regions, kd_loss, region_images
 from ..train import Chance
-from .mask2former import MaskFramework, Preset, regions
+from .criterion import regions
+from .mask2former import MaskFramework, Preset
 
 KD_WEIGHT = 2.0
 
@@ -41,6 +42,7 @@ class Han(MaskFramework):
         preset: ``"paper"`` or ``"mini"``, the same classes, narrower and shallower.
         teacher: the dense CLIP, or one that remembers. A frozen copy is held outside of parameters
             and state; without one there is no L_KD.
+        pixel_decoder: ``"msda"`` or ``"fpn"``, see ``MaskFramework``.
     """
 
     def __init__(
@@ -48,28 +50,29 @@ class Han(MaskFramework):
         backbone: Backbone,
         preset: str = "paper",
         teacher: Teacher | Backbone | None = None,
+        pixel_decoder: str = "msda",
     ) -> None:
         choose("preset", preset, PRESETS)
-        super().__init__(backbone, PRESETS[preset])
+        super().__init__(backbone, PRESETS[preset], pixel_decoder)
         self.class_embed = nn.Linear(self.preset.dim, self.preset.dim)
         self.project = nn.Linear(self.preset.dim, backbone.embed_dim)
         taught = teacher is not None
         self.kd_scale = nn.Parameter(torch.ones(()), requires_grad=taught)  # s of L_KD
         self._teacher = Teacher.of(teacher) if taught else None
 
-    def forward(self, images: Tensor) -> dict[str, list[Tensor]]:
-        """``masks`` (B, Q, h, w), logits at stride 4, and ``queries`` (B, Q, dim), layer by layer.
+    def forward(self, images: Tensor) -> dict:
+        """``masks``, a list of (B, Q, h, w), logits at stride 4, and ``queries`` (L, B, Q, dim).
 
         images (B, 3, H, W) in [0, 1] with sides that are multiples of 32. In training mode all
         layers, which are all supervised, the final one last; else only that.
         """
         decoded = self.decode(images)
         first = 0 if self.training else len(decoded.hidden) - 1
-        queries = [self.class_embed(hidden) for hidden in decoded.hidden[first:]]
+        queries = self.class_embed(decoded.hidden[first:])
         return {"masks": decoded.masks[first:], "queries": queries}
 
     def embed(self, queries: Tensor) -> Tensor:
-        """Queries (B, Q, dim) -> embeddings beside CLIP's (B, Q, D), float32, unit length."""
+        """Queries (…, dim) -> embeddings beside CLIP's (…, D), float32, unit length."""
         return F.normalize(self.project(queries).float(), dim=-1)
 
     def probabilities(self, outputs: dict, class_names: ClassNames) -> Tensor:
@@ -80,8 +83,8 @@ class Han(MaskFramework):
     def loss(self, outputs: dict, targets: dict) -> dict[str, Tensor]:
         """``loss`` and its weighted parts ``class``, ``mask``, ``dice`` and, if taught, ``kd``."""
         masks, classes = regions(targets)
-        embedded = [self.embed(queries) for queries in outputs["queries"]]
-        logits = [self.logits(e * self.scale, targets["names"]) for e in embedded]
+        embedded = self.embed(outputs["queries"])  # (L, B, Q, D)
+        logits = self.logits(embedded * self.scale, targets["names"])
         chance = Chance(targets.get("seeds"), targets["images"].device)
         losses, matches = self.criterion(outputs["masks"], logits, masks, classes, chance)
         if self._teacher:
@@ -90,8 +93,8 @@ class Han(MaskFramework):
 
     def _kd(
         self,
-        embedded: list[Tensor],
-        matches: list,
+        embedded: Tensor,
+        matches: Tensor,
         masks: list[Tensor],
         classes: list[Tensor],
         targets: dict,
@@ -108,13 +111,7 @@ class Han(MaskFramework):
         text = words[torch.cat(classes)[numbers.to(images.device)]]  # (R, D)
         target = self._teacher(targets, kept, places)  # (R, D)
         losses = []
-        for layer, found in zip(embedded, matches, strict=True):
-            query = torch.full((sum(counts),), -1)  # of each region of the batch
-            first = 0
-            for (queries, matched), count in zip(found, counts, strict=True):
-                query[first + matched] = queries
-                first += count
-            query = query[numbers]  # (R,)
+        for layer, query in zip(embedded, matches[:, numbers], strict=True):
             one = (query >= 0).nonzero().flatten()  # the rest: more regions than queries
             query, one = query[one].to(images.device), one.to(images.device)
             losses.append(

@@ -1,15 +1,14 @@
 """What both mask frameworks share: transformers' Mask2Former between a CLIP tower and its words.
 
-Pixel decoder, masked transformer decoder, matcher and criterion are transformers' own. Ours is what
-they cannot do: a vocabulary that changes with the batch, matches that are handed on, and pictures
-of any size.
+Pixel decoder and masked transformer decoder are transformers' own. Ours is what they cannot do: a
+vocabulary that changes with the batch, a criterion of all layers at once whose matches are handed
+on, and pictures of any size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
+from ..checks import choose
 from ..clip import Backbone, ClassNames, best_name, flat_names
-from ..data import IGNORE
+from ..device import full_precision
 from ..errors import LabError
-from ..train import Chance, average, shared_mean
+from .criterion import SetLoss
 from .inference import STRIDE, cut, merge, pad
+from .pixel_decoder import FPN, PIXEL_DECODERS, DeformableAttention
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Preset:
 class Decoded(NamedTuple):
     """Of the queries before the first layer and after each: L + 1 entries, the last one counts."""
 
-    hidden: list[Tensor]  # (B, Q, dim), normalised
+    hidden: Tensor  # (L + 1, B, Q, dim), normalised
     masks: list[Tensor]  # (B, Q, h, w) logits at stride 4
     pixels: Tensor  # (B, dim, h, w), which the masks are products with
     clip: Tensor  # the tower's last map (B, C, H / 32, W / 32)
@@ -90,19 +90,28 @@ class MaskFramework(nn.Module):
 
     A subclass has ``forward(images) -> outputs`` with a list ``outputs["masks"]``, the final one
     last, and ``probabilities(outputs, class_names) -> (B, Q, C + 1)``.
+
+    Args:
+        pixel_decoder: ``"msda"``, Mask2Former's deformable attention, or ``"fpn"``, MaskFormer's
+            pyramid of convolutions.
     """
 
-    def __init__(self, backbone: Backbone, preset: Preset) -> None:
+    def __init__(self, backbone: Backbone, preset: Preset, pixel_decoder: str = "msda") -> None:
         super().__init__()
+        choose("pixel_decoder", pixel_decoder, PIXEL_DECODERS)
         self.preset = preset
         self.backbone = backbone
         backbone.visual.attnpool.requires_grad_(False)  # no loss goes through it
         # Built whole, for only then does transformers initialise every module of it.
         config = preset.config(backbone.channels)
         whole = Mask2FormerForUniversalSegmentation(config)
-        self.pixel_decoder = whole.model.pixel_level_module.decoder
+        if pixel_decoder == "fpn":
+            self.pixel_decoder = FPN(backbone.channels, preset.dim)
+        else:
+            self.pixel_decoder = whole.model.pixel_level_module.decoder
+            DeformableAttention.instead(self.pixel_decoder)
         self.transformer = whole.model.transformer_module
-        self.criterion = SetLoss(config, preset.region_dropout)
+        self.criterion = SetLoss(preset)
         self.void = nn.Parameter(torch.randn(backbone.embed_dim))
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -118,7 +127,7 @@ class MaskFramework(nn.Module):
         with full_precision(images):
             pixels = self.pixel_decoder([x.float() for x in maps])
         decoded = self.transformer(list(pixels.multi_scale_features), pixels.mask_features)
-        hidden = [state.transpose(0, 1) for state in decoded.intermediate_hidden_states]
+        hidden = torch.stack(decoded.intermediate_hidden_states).transpose(1, 2)
         return Decoded(hidden, list(decoded.masks_queries_logits), pixels.mask_features, maps[-1])
 
     def logits(self, scaled: Tensor, class_names: ClassNames) -> Tensor:
@@ -167,8 +176,14 @@ class MaskFramework(nn.Module):
         behind.
 
         Raises:
-            LabError: other sizes than this preset's, or not such a state dict.
+            LabError: other sizes than this preset's, not such a state dict, or a head whose pixel
+                decoder is the pyramid.
         """
+        if isinstance(self.pixel_decoder, FPN):
+            raise LabError(
+                "Mask2Former's weights are of deformable attention, and this head has "
+                "pixel_decoder='fpn'; build it with pixel_decoder='msda'"
+            )
         parts = {
             "model.pixel_level_module.decoder.": self.pixel_decoder,
             "model.transformer_module.": self.transformer,
@@ -181,104 +196,3 @@ class MaskFramework(nn.Module):
                 raise LabError(
                     f"these weights do not fit {prefix[:-1]} of {self.preset}: {error}"
                 ) from error
-
-
-class SetLoss(Mask2FormerLoss):
-    """transformers' criterion, every number of it, for a vocabulary that is the batch's own.
-
-    The class term is cross-entropy over that vocabulary and "no object". Hands on who was matched.
-    """
-
-    def __init__(self, config: Mask2FormerConfig, region_dropout: float = 0.0) -> None:
-        super().__init__(config, {})
-        del self.empty_weight  # of a fixed vocabulary
-        self.config, self.region_dropout = config, region_dropout
-
-    def forward(
-        self,
-        masks: list[Tensor],
-        logits: list[Tensor],
-        region_masks: list[Tensor],
-        region_classes: list[Tensor],
-        chance: Chance | None = None,
-    ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
-        """Weighted terms, summed over layers, and the matches of each layer.
-
-        Args:
-            masks: of each layer (B, Q, h, w) logits; the final layer is the last.
-            logits: of each layer (B, Q, C + 1), the last column for "no object".
-            region_masks: of each image (K, H, W) bool, none of them empty.
-            region_classes: of each image (K,) int64, a column of ``logits``.
-            chance: of each image, for the points where masks are compared and the regions dropped.
-
-        Returns:
-            ``class``, ``mask`` and ``dice``; and for each layer and image the matched queries and
-            regions, two (min(Q, K),) int64 on the CPU.
-        """
-        chance = chance or Chance(None, masks[0].device)
-        with full_precision(masks[0]):
-            region_masks = [m.float() for m in region_masks]
-            matches: list = [None] * len(masks)
-            count = masks_a_process(region_classes)
-            terms: dict[str, list[Tensor]] = {"class": [], "mask": [], "dice": []}
-            for layer in (-1, *range(len(masks) - 1)):  # transformers' order: the same points
-                mask, logit = masks[layer].float(), logits[layer].float()
-                found = self._match(mask, logit, region_masks, region_classes, chance)
-                with chance.torchs([len(queries) for queries, _ in found]):
-                    shape = self.loss_masks(mask, region_masks, found, count)
-                terms["mask"].append(shape["loss_mask"])
-                terms["dice"].append(shape["loss_dice"])
-                terms["class"].append(self.loss_classes(logit, region_classes, found, chance))
-                matches[layer] = found
-            weights = {name: getattr(self.config, f"{name}_weight") for name in terms}
-            losses = {name: weights[name] * sum(values) for name, values in terms.items()}
-        return losses, matches
-
-    def _match(
-        self, masks: Tensor, logits: Tensor, wanted: list, classes: list, chance: Chance
-    ) -> list[tuple[Tensor, Tensor]]:
-        """transformers' matcher, image by image."""
-        found = []
-        for i in range(len(masks)):
-            one = slice(i, i + 1)
-            with chance.torchs([int(i == j) for j in range(len(masks))]):
-                found += self.matcher(masks[one], logits[one], wanted[one], classes[one])
-        return found
-
-    def loss_classes(
-        self, logits: Tensor, classes: list[Tensor], found: list, chance: Chance
-    ) -> Tensor:
-        """Weighted mean over all queries; an unmatched one should say "no object"."""
-        last = logits.shape[-1] - 1
-        wanted = torch.full(logits.shape[:2], last, device=logits.device)  # (B, Q)
-        asked = torch.cat([c[j.to(c.device)] for c, (_, j) in zip(classes, found, strict=True)])
-        if self.region_dropout:
-            lots = chance.rand([len(queries) for queries, _ in found])
-            asked = asked.masked_fill(lots < self.region_dropout, IGNORE)
-        wanted[self._get_predictions_permutation_indices(found)] = asked
-        wanted = wanted.flatten()
-        logits = logits.flatten(0, 1)
-        each = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none")
-        weight = torch.where(wanted == last, self.eos_coef, 1.0) * (wanted != IGNORE)
-        return shared_mean(each, weight)
-
-
-def full_precision(x: Tensor) -> AbstractContextManager:
-    """No autocast where ``x`` is; shapes alone (the meta device) know none."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
-def masks_a_process(region_classes: list[Tensor]) -> Tensor:
-    """How many regions a process has on average, at least 1.
-
-    Differs from transformers, which divides the mean by the number of processes once more.
-    """
-    count = torch.tensor(float(sum(map(len, region_classes))), device=region_classes[0].device)
-    return average(count).clamp(min=1)
-
-
-def regions(targets: dict) -> tuple[list[Tensor], list[Tensor]]:
-    """A batch's masks (K, H, W) bool and classes (K,), image by image, without empty masks."""
-    kept = [mask.flatten(1).any(1) for mask in targets["masks"]]
-    masks = [mask[k] for mask, k in zip(targets["masks"], kept, strict=True)]
-    return masks, [c[k] for c, k in zip(targets["classes"], kept, strict=True)]

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 
 def together() -> tuple[int, int]:
@@ -45,14 +44,16 @@ def same_buffers(model: nn.Module) -> None:
 
 
 def shared_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """This process's part of the (weighted) mean over everyone's ``values`` (N,); 0 of nothing.
+    """This process's part of the (weighted) mean over everyone's ``values`` (N, …); 0 of nothing.
+
+    Further axes stay: a mean for each.
 
     The mean of the parts over the processes, which averaged gradients take, is the mean of all.
     """
     if weights is None:
         weights = torch.ones_like(values)
-    total = average(weights.sum())
-    return (values * weights).sum() / torch.where(total > 0, total, 1)
+    total = average(weights.sum(0))
+    return (values * weights).sum(0) / torch.where(total > 0, total, 1)
 
 
 def gathered(values: Tensor) -> Tensor:
@@ -92,22 +93,3 @@ class Chance:
             for n, generator in zip(rows, self.own, strict=True)
         ]
         return torch.cat(parts)
-
-    def torchs(self, rows: Sequence[int]) -> TorchFunctionMode:
-        """Within, ``torch.rand(n, …)`` of other people's code draws as ``rand(rows, …)`` does.
-
-        n is the sum of ``rows``.
-        """
-        return _Instead(self, rows)
-
-
-class _Instead(TorchFunctionMode):
-    def __init__(self, chance: Chance, rows: Sequence[int]) -> None:
-        super().__init__()
-        self.chance, self.rows = chance, rows
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.rand:
-            assert args[0] == sum(self.rows), f"{args[0]} rows are asked for, not {self.rows}"
-            return self.chance.rand(self.rows, *args[1:])
-        return func(*args, **(kwargs or {}))
