@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..data import IGNORE
 from ..device import full_precision
@@ -88,8 +87,8 @@ class SetLoss(nn.Module):
         counts = [len(c) for c in classes]
         points = chance.rand([layers] * len(counts), number, 2).unflatten(0, (-1, layers))
         inside = sample(wanted, points[image])[:, 0]  # (R, L, P)
-        inside = pad_sequence(inside.split(counts), batch_first=True)  # (B, K, L, P)
-        column = pad_sequence(classes, batch_first=True)[:, None]  # (B, 1, K)
+        inside = stacked(inside.split(counts))  # (B, K, L, P)
+        column = stacked(classes)[:, None]  # (B, 1, K)
         found = []
         for layer, (mask, logit) in enumerate(zip(masks, logits, strict=True)):
             x = sample(mask.float(), points[:, layer, None])[:, :, 0]  # (B, Q, P)
@@ -165,6 +164,12 @@ class SetLoss(nn.Module):
 def sample(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of maps (N, C, h, w) at points (N, …, P, 2) in [0, 1]: (N, C, …, P)."""
     return F.grid_sample(maps, 2 * points - 1, align_corners=False)
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (K, …) of different lengths as one (B, longest K, …), filled up with 0."""
+    longest = max(map(len, parts))
+    return torch.stack([F.pad(x, (0, 0) * (x.ndim - 1) + (0, longest - len(x))) for x in parts])
 
 
 def assign(costs: Tensor, counts: list[int]) -> Tensor:

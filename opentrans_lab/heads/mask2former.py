@@ -115,6 +115,11 @@ class MaskFramework(nn.Module):
         self.void = nn.Parameter(torch.randn(backbone.embed_dim))
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
+    def train(self, mode: bool = True) -> MaskFramework:
+        super().train(mode)
+        self.pixel_decoder.eval()  # nothing in it drops out; in training it waits for the device
+        return self
+
     @property
     def scale(self) -> Tensor:
         """What cosines are multiplied with: learned, at most 100."""
