@@ -88,7 +88,7 @@ class Han(MaskFramework):
         chance = Chance(targets.get("seeds"), targets["images"].device)
         losses, matches = self.criterion(outputs["masks"], logits, masks, classes, chance)
         if self._teacher:
-            losses["kd"] = KD_WEIGHT * self._kd(embedded, matches, masks, classes, targets, chance)
+            losses["kd"] = KD_WEIGHT * self._kd(embedded, matches, masks, classes, targets)
         return {"loss": sum(losses.values()), **losses}
 
     def _kd(
@@ -98,11 +98,11 @@ class Han(MaskFramework):
         masks: list[Tensor],
         classes: list[Tensor],
         targets: dict,
-        chance: Chance,
     ) -> Tensor:
         """L_KD of each layer's matched queries, summed over layers."""
         images, counts = targets["images"], [len(mask) for mask in masks]
         places = [torch.arange(count) for count in counts]
+        chance = Chance(targets.get("seeds"), torch.device("cpu"))  # where the lots are read
         kept, places = cap_regions(masks, places, self.preset.regions, chance)
         offsets = torch.tensor([0, *counts]).cumsum(0).tolist()
         numbers = torch.cat([o + p for o, p in zip(offsets, places, strict=False)])  # (R,)
