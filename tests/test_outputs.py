@@ -24,13 +24,14 @@ from opentrans_lab.errors import LabError, shown
 from opentrans_lab.evaluation import segment
 from opentrans_lab.experiments import Lab
 from opentrans_lab.experiments.lab import cached
-from opentrans_lab.files import FILE, Files, find_pictures, href, linked, read_state_dict
+from opentrans_lab.files import find_pictures, href, linked, read_state_dict
 from opentrans_lab.files.outputs import DRAWN, atomic_path, keep, writable
 from opentrans_lab.masks import Mask
 from opentrans_lab.records import Run, load, records, save_table
 from opentrans_lab.report import build_report
 from opentrans_lab.report.page import heading, run_page
 from opentrans_lab.runs import run_grid, run_notebook
+from opentrans_lab.runs.kernel import Files
 
 ODD = b"{0} {a} 100% [b]*? $x$ #1 & <i>'\"\n\xe9"  # a name of a folder that Linux takes
 NAMES = (
@@ -216,7 +217,7 @@ def test_any_name_is_written_linked_shown_and_found(tmp_path_factory, raw):
         assert find_pictures(str(path)) == [path]
         assert find_pictures(str(folder)) == [path]
     Files().write(f'"{name}"', path.as_uri())
-    assert path.as_uri().startswith(FILE) and os.path.getsize(path) > 0
+    assert path.as_uri().startswith("file://") and os.path.getsize(path) > 0
 
 
 def test_a_run_in_the_oddest_folder_is_run_recorded_and_linked(

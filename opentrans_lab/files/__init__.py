@@ -8,7 +8,9 @@ from .paths import (
     entries,
     find_pictures,
     find_root,
+    href,
     lines,
+    linked,
     located,
     named_root,
     read_csv,
@@ -29,13 +31,10 @@ from .statedict import (
     read_tensors,
     unpack_bits,
 )
-from .urls import FILE, Files, href, linked
 
 __all__ = [
     "DATA_VARIABLES",
     "DRAWN",
-    "FILE",
-    "Files",
     "PICTURES",
     "SPARSE",
     "TABLES",

@@ -1,4 +1,4 @@
-"""Files and folders: a data set's, each folder looked at once, and those that a user names."""
+"""Files and folders: a data set's, each looked at once, those that a user names, and as links."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import quote, unquote_to_bytes
 
 from ..errors import LabError
 from .outputs import at_home
@@ -210,3 +211,13 @@ def shards(path: Path) -> list[Path]:
         return [path.parent / name for name in dict.fromkeys(files)]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def href(path: Path | str) -> str:
+    """A relative path as a link says it, in which every letter and byte keeps its meaning."""
+    return quote(os.fsencode(path))
+
+
+def linked(link: str) -> str:
+    """The path that :func:`href` made ``link`` of."""
+    return os.fsdecode(unquote_to_bytes(link))

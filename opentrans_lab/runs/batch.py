@@ -16,7 +16,7 @@ from ..files import looking_once
 from ..records import load, runs_root, writable_runs
 from .grids import Job
 from .job import RunResult, run_job
-from .workers import Ended, Started, run_on_workers
+from .workers import run_on_workers
 
 
 def run_notebook(
@@ -85,25 +85,15 @@ def run_grid(
         if several and left:
             run_on_workers(left, since, until, workers, scheduler, started, ended)
         else:
-            _run_here(left, since, until, started, ended)
+            for i, job in left.items():
+                if until is None or time.time() < until:
+                    started(i, "")
+                    ended(i, run_job(job, since, until))
     results = [
         done.get(i) or RunResult(job, folders[i], "out of time") for i, job in enumerate(jobs)
     ]
     _summary(results, time.time() - begun)
     return results
-
-
-def _run_here(
-    jobs: dict[int, Job],
-    since: float | None,
-    until: float | None,
-    started: Started,
-    ended: Ended,
-) -> None:
-    for i, job in jobs.items():
-        if until is None or time.time() < until:
-            started(i, "")
-            ended(i, run_job(job, since, until))
 
 
 def describe(job: Job) -> str:

@@ -8,10 +8,8 @@ share a process. Starts notebooks and knows no models.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,18 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-import nbformat
-import papermill
 import psutil
-from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpec
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-from papermill.iorw import papermill_io
 
 from ..errors import LabError
-from ..files import FILE, Files, atomic_path, keep
+from ..files import atomic_path, keep
 from ..records import (
     ASIDE,
     STAGE,
@@ -40,21 +30,19 @@ from ..records import (
     defaults,
     identity,
     load,
-    place,
     plain,
     put,
-    read_notebook,
     run_key,
     runs_root,
     writable_runs,
 )
 from ..report import run_page
 from .grids import Job
+from .kernel import execute, framed
 
 ATTEMPTS = 2  # of a job that fails by no fault of the user's: machines hiccup
 TAKEN = ("report", "stages")  # folders of runs that are no notebook's
 OWN: set[Path] = set()  # stages in use by this process, whose jobs may run side by side
-papermill_io.register(FILE, Files())
 
 
 @dataclass(frozen=True)
@@ -96,25 +84,21 @@ def run_job(
         result = _attempt(job, job.folder, force_since, until, gone)
         if result.status != "failed" or result.users:
             return result
-    return replace(result, error=f"{result.error}\n  tried {ATTEMPTS} times; {_log(result)}")
+    left = result.folder / "failed.ipynb"
+    printed = f"all that it printed: {left}" if left.is_file() else "it left no notebook"
+    return replace(result, error=f"{result.error}\n  tried {ATTEMPTS} times; {printed}")
 
 
-def _attempt(
-    job: Job,
-    folder: Path,
-    force_since: float | None,
-    until: float | None,
-    gone: Callable[[], bool],
-) -> RunResult:
+def _attempt(job: Job, folder: Path, *how) -> RunResult:
     """``_run``, with whatever else goes wrong as a failed run: the other jobs go on."""
     begun = time.monotonic()
     try:
-        result = _run(job, folder, force_since, until, gone)
+        result = _run(job, folder, *how)
     except LabError as error:
         result = RunResult(job, folder, "failed", error=str(error), users=True)
     except Exception as error:  # a full disk, or our own mistake, which keeps its traceback
         trace = "".join(traceback.format_exception(error)).splitlines()
-        result = RunResult(job, folder, "failed", error=_framed(job.notebook.name, trace))
+        result = RunResult(job, folder, "failed", error=framed(job.notebook.name, trace))
     return replace(result, wall_s=time.monotonic() - begun)
 
 
@@ -136,8 +120,7 @@ def _run(
             told["OPENTRANS_FORCE"] = str(force_since)  # stages older than this are made anew
         if until is not None:
             told["OPENTRANS_DEADLINE"] = str(until)
-        kernels = _kernels(told, gone)
-        error, kind = _execute(job.notebook, stage / "executed.ipynb", changed, kernels)
+        error, kind = execute(job.notebook, stage / "executed.ipynb", changed, told, gone)
         if not error:
             if load(stage) is None:
                 run.save({})  # a notebook without numbers, such as the index
@@ -156,12 +139,6 @@ def _run(
             rescue=lambda spare: shutil.copytree(stage, spare),
         )
     return RunResult(job, folder, "ok")
-
-
-def _log(result: RunResult) -> str:
-    """Where the failed notebook lies, with all that it printed."""
-    left = result.folder / "failed.ipynb"
-    return f"all that it printed: {left}" if left.is_file() else "it left no notebook"
 
 
 def _stale(notebook: Path, folder: Path) -> bool:
@@ -186,84 +163,6 @@ def _wrong_record(notebook: Path, record: dict, params: dict, folder: Path) -> s
         f"{notebook.name}: Run(…, params) must name every parameter of the parameters cell with its"
         f" value and nothing else; it differs in: {', '.join(names)}"
     )
-
-
-def _kernels(told: dict[str, str], gone: Callable[[], bool]) -> type[AsyncKernelManager]:
-    """Kernels of this very interpreter, whatever kernels are registered on the machine.
-
-    Args:
-        told: environment variables that they get beside this process's.
-        gone: whether they are to end now.
-    """
-
-    class ThisPython(AsyncKernelManager):
-        transport_encryption = "auto"  # other users of the machine cannot listen in
-
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            # Its own log says only that it was interrupted, which is how kernels are ended.
-            # Left to itself, exit() would let the cells go on until the kernel is gone.
-            leave = "--IPKernelApp.exec_lines=get_ipython().ask_exit = __import__('sys').exit"
-            command = get_kernel_dict(["--log-level=CRITICAL", leave])
-            return KernelSpec(resource_dir=RESOURCES, **command | {"env": told})
-
-        async def _async_is_alive(self) -> bool:  # nbclient asks every second
-            if gone() and self.has_kernel:
-                await self.provisioner.kill()
-            return await super()._async_is_alive()
-
-    return ThisPython
-
-
-def _execute(
-    notebook: Path, output: Path, changed: dict, kernels: type[AsyncKernelManager]
-) -> tuple[str, str]:
-    """Run the cells; returns what went wrong in words and its kind, both "" for nothing.
-
-    ``LabError`` is for the user to mend and ``OutOfTime`` no error; anything else is a bug.
-    """
-    nbformat.write(read_notebook(notebook), output)  # with what papermill and others look for
-    try:
-        done = papermill.execute_notebook(
-            output.as_uri(),
-            output.as_uri(),
-            changed,
-            kernel_name="python3",
-            language="python",
-            kernel_manager_class=kernels,
-            progress_bar=sys.stderr.isatty(),
-            iopub_timeout=60,  # s for a cell's last outputs; on a busy machine 4 are too few
-        )
-    except PapermillExecutionError as error:
-        if error.ename in ("LabError", "OutOfTime"):
-            return error.evalue, error.ename
-        at = place(notebook, error.source)
-        if error.ename == "SystemExit":
-            return _left(notebook, at, error.evalue), error.ename
-        trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).strip().splitlines()
-        where = f"{notebook.name}, cell {at} (In [{error.exec_count}]): {error.ename}"
-        return _framed(where, trace), error.ename
-    except DeadKernelError as error:
-        return f"{notebook.name}: its kernel died, perhaps for want of memory ({error})", "dead"
-    except RuntimeError as error:  # nbclient's, of a kernel that died or said nothing at its start
-        return f"{notebook.name}: no kernel could be started ({error})", "dead"
-    cells = [cell for cell in done.cells if cell.cell_type == "code"]
-    left = next((cell for cell in cells if cell.metadata.papermill.exception), None)
-    if left is None or (left is cells[-1] and load(output.parent)):  # at its very end, and saved
-        return "", ""
-    return _left(notebook, place(notebook, left.source), "0"), "SystemExit"  # papermill lets it be
-
-
-def _left(notebook: Path, at: int | str, status: str) -> str:
-    return (
-        f"{notebook.name} leaves in cell {at} by exit({status}) and has not finished; let it run "
-        "to its end, or raise an error that says what is wrong"
-    )
-
-
-def _framed(where: str, trace: list[str]) -> str:
-    """The end of a traceback under a line that says whose it is."""
-    return "\n  | ".join([where, *trace[-14:]])
 
 
 @contextmanager

@@ -52,19 +52,18 @@ def plan(jobs: Sequence[Job], macs_per_second: float) -> pd.DataFrame:
     """
     seen, rows = set(), []
     for job in jobs:
-        about = {"notebook": job.notebook.stem, "parameters": dict(job.parameters)}
         done = load(job.folder)
         new = {} if done else {w.folder: w for w in work_of(job) if not w.finished}
         left = [work for folder, work in new.items() if folder not in seen]
         seen |= new.keys()
         macs = sum(work.macs for work in left)
-        rows.append(
-            about
-            | {"stages": len(left), "pictures": sum(work.pictures for work in left), "macs": macs}
-            | {"hours": macs / macs_per_second / 3600}
-            | {"memory": max((work.memory for work in left), default=0)}
-            | {"disk": sum(work.disk for work in left) + (0 if done else RUN_BYTES)}
-        )
+        rows.append({
+            "notebook": job.notebook.stem, "parameters": dict(job.parameters),
+            "stages": len(left), "pictures": sum(work.pictures for work in left),
+            "macs": macs, "hours": macs / macs_per_second / 3600,
+            "memory": max((work.memory for work in left), default=0),
+            "disk": sum(work.disk for work in left) + (0 if done else RUN_BYTES),
+        })  # fmt: skip
     return pd.DataFrame(rows)
 
 

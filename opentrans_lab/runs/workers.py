@@ -85,8 +85,9 @@ def run_on_workers(
                 if (job.after_all and running) or late():
                     return
                 del waiting[i]
+                job = job._replace(notebook=Path(job.notebook).resolve())
                 future = client.submit(
-                    _work, topic, i, _absolute(job), since, until, os.getcwd(), told, pure=False
+                    _work, topic, i, job, since, until, os.getcwd(), told, pure=False
                 )
                 running[future] = i
                 future.add_done_callback(ends.put)
@@ -158,10 +159,6 @@ def _cancelled(worker: Worker, key: str) -> bool:
     """Whether nobody waits for a task that is being run: its client has ended or was lost."""
     task = worker.state.tasks.get(key)
     return task is None or task.state != "executing"
-
-
-def _absolute(job: Job) -> Job:
-    return job._replace(notebook=Path(job.notebook).resolve())
 
 
 def _lost(job: Job, error: BaseException) -> RunResult:
