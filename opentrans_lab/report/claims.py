@@ -14,6 +14,7 @@ from .tables import differing, half_width
 
 ONE_SEED = "one seed"
 UNTESTED = "not tested here"
+SCORE = "seen"  # column that decides: mIoU in percent over seen classes
 CLOSE = 0.01  # of the printed number: a cost that is reproduced
 KEPT = 3.7  # mIoU points: the most that the paper's own "Ours" loses on COCO (Table 3, Han et al.)
 UNTRAINED = ("random_layerwise", "random_global")  # random masks on CLIP's weights, as the paper's
@@ -40,23 +41,23 @@ def verdict(difference: float, half: float) -> str:
     return "wins" if difference > 0 else "loses"
 
 
-def gains(table: pd.DataFrame, scores: Sequence[str], against: str = "none") -> pd.DataFrame:
-    """``table`` with ``<score>_gain``: points more than the regime's ``against`` selection has."""
-    base = table[table["select"] == against].set_index("regime")
+def gains(table: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
+    """``table`` with ``<score>_gain``: points more than the regime's full fine-tuning has."""
+    base = table[table["select"] == "none"].set_index("regime")
     return table.assign(
         **{f"{score}_gain": table[score] - table["regime"].map(base[score]) for score in scores}
     )
 
 
-def judged(found: pd.DataFrame, score: str = "seen") -> pd.DataFrame:
+def judged(found: pd.DataFrame) -> pd.DataFrame:
     """The lines of ``tables.summary`` but full fine-tuning's, each with its verdict.
 
     Returns:
         indexed as ``found``: n, gain, half (NaN with one seed), verdict.
     """
     found = found.drop("none", level="select", errors="ignore")
-    half = found.get(f"{score}_gain ±", pd.Series(math.nan, found.index))
-    table = pd.DataFrame({"n": found["n"], "gain": found[f"{score}_gain"], "half": half})
+    half = found.get(f"{SCORE}_gain ±", pd.Series(math.nan, found.index))
+    table = pd.DataFrame({"n": found["n"], "gain": found[f"{SCORE}_gain"], "half": half})
     words = [verdict(g, h) for g, h in zip(table["gain"], table["half"], strict=True)]
     return table.assign(verdict=words)
 
@@ -198,7 +199,6 @@ def claim_table(
     both: pd.DataFrame,
     costs: pd.DataFrame,
     frameworks: Sequence[str],
-    score: str = "seen",
 ) -> pd.DataFrame:
     """The paper's claims C1 to C5 before the runs there are.
 
@@ -210,22 +210,21 @@ def claim_table(
         transfer, selection, both: ``tables.lines`` of 03's transfer, 04's selection and 04's both.
         costs: columns ``counted`` and ``printed``, of the cells of the paper that have a count.
         frameworks: all that the claims speak of.
-        score: column of mIoU in percent that decides.
 
     Returns:
         claim, says, verdict, evidence.
     """
     by = ["parameters.framework"]
-    first = compared(transfer, "row", "ours", UNTRAINED, by, score)
-    trained = compared(transfer, "row", "ours", RANDOM, by, score)
-    second = compared(transfer, "row", "ours_mask_only", UNTRAINED, by, score)
+    first = compared(transfer, "row", "ours", UNTRAINED, by, SCORE)
+    trained = compared(transfer, "row", "ours", RANDOM, by, SCORE)
+    second = compared(transfer, "row", "ours_mask_only", UNTRAINED, by, SCORE)
     rivals = ("none", "random", "high_alpha")
-    third = compared(selection, "select", "low_alpha", rivals, [*by, "regime"], score, True)
+    third = compared(selection, "select", "low_alpha", rivals, [*by, "regime"], SCORE, True)
     found = {
         "C1": _superior(first, "random masks", frameworks),
         "C2": _superior(second, "random masks on the same weights", frameworks),
         "C3": _superior(third, "all three", frameworks),
-        "C4": _kept(both, frameworks, score),
+        "C4": _kept(both, frameworks),
         "C5": _reproduced(costs),
     }
     if len(trained):  # a control that the paper lacks
@@ -238,10 +237,10 @@ def claim_table(
     )
 
 
-def _kept(both: pd.DataFrame, frameworks: Sequence[str], score: str) -> tuple[str, str]:
+def _kept(both: pd.DataFrame, frameworks: Sequence[str]) -> tuple[str, str]:
     """Kept: the whole interval (with one seed, the value) lies above ``-KEPT``, at a lower cost;
     lost: all of it lies below, or the cost is no lower. What is between decides nothing."""
-    table = compared(both, "has", "both", ["neither"], ["parameters.framework"], score)
+    table = compared(both, "has", "both", ["neither"], ["parameters.framework"], SCORE)
     by = [name for name in table if name.startswith("parameters.")]
     if len(table):
         cost = both[both["has"] == "both"].groupby(by, dropna=False)["training"].max()

@@ -153,10 +153,9 @@ def styled(found: pd.DataFrame, caption: str) -> Styler:
     return look.format(precision=1, na_rep="–", subset=numbers)
 
 
-def cost_points(
-    found: pd.DataFrame, score: str = "seen", rows: tuple[str, ...] = POINTS
-) -> pd.DataFrame:
-    """Rows of the transfer table with what they cost: framework, row, GMACs, params_M, mIoU (%).
+def cost_points(found: pd.DataFrame) -> pd.DataFrame:
+    """The paper's three rows of the transfer table with what they cost: framework, row, GMACs,
+    params_M, mIoU over seen classes (%).
 
     Args:
         found: :func:`lines` of 03's transfer; of each framework its :func:`main_setting`, mean
@@ -165,19 +164,18 @@ def cost_points(
     columns = ["framework", "row", "GMACs", "params_M", "mIoU"]
     if found.empty:
         return pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[2:], float))
-    named = {"parameters.framework": "framework", "macs": "GMACs", "params": "params_M"}
     parts = [part for _, part in found.groupby("parameters.framework", sort=False)]
-    table = pd.concat([main_setting(part, "row", rows) for part in parts]).rename(
-        columns=named | {score: "mIoU"}
+    table = pd.concat([main_setting(part, "row", POINTS) for part in parts])
+    table = table[table["row"].isin(POINTS)].rename(
+        columns={"parameters.framework": "framework", "seen": "mIoU"}
     )
-    table = table[table["row"].isin(rows)]
-    table = table.assign(GMACs=table["GMACs"] / 1e9, params_M=table["params_M"] / 1e6)
+    table = table.assign(GMACs=table["macs"] / 1e9, params_M=table["params"] / 1e6)
     return table.groupby(columns[:2], sort=False)[columns[2:]].mean().reset_index()
 
 
-def paper_points(dataset: str = "coco") -> pd.DataFrame:
-    """:func:`cost_points` of the paper's Table 1; its FLOPs are MACs."""
+def paper_points() -> pd.DataFrame:
+    """:func:`cost_points` of the paper's Table 1, on COCO; its FLOPs are MACs."""
     table = paper("table1")
-    table = table[table["dataset"].isna() | (table["dataset"] == dataset)]
+    table = table[table["dataset"].isna() | (table["dataset"] == "coco")]
     wide = table.pivot_table("value", ["framework", "row"], "metric", sort=False).reset_index()
     return wide.rename(columns={"flops": "GMACs", "params": "params_M", "miou": "mIoU"})
