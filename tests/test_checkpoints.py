@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 from opentrans_lab.alpha import layer_alphas
-from opentrans_lab.cli.maskfiles import apply_to_file
+from opentrans_lab.cli.masks import MaskApply
 from opentrans_lab.clip import load_backbone
 from opentrans_lab.errors import LabError
 from opentrans_lab.evaluation.segment import segment
@@ -149,7 +149,7 @@ def test_weights_pruned_by_torch_are_read_as_they_act(state, truth, folder, tmp_
     mask = Mask.by_magnitude(load_backbone("mini", SHIPPED, "cpu").visual, 20000)
     mask.save(tmp_path / "m.safetensors")
     torch.save({"net": pruned}, tmp_path / "p.pt")
-    apply_to_file(tmp_path / "m.safetensors", tmp_path / "p.pt", tmp_path / "o.safetensors")
+    MaskApply(tmp_path / "m.safetensors", tmp_path / "p.pt", tmp_path / "o.safetensors")()
     assert mask.verify(load_file(tmp_path / "o.safetensors"))
 
 
@@ -158,7 +158,7 @@ def test_the_part_that_holds_the_tower_is_masked_and_not_the_larger_one(tower, t
     mask.save(tmp_path / "m.safetensors")
     head = {f"layer{i}.weight": torch.ones(3, 3) for i in range(999)}
     torch.save({"head": head, "trunk": tower.state_dict()}, tmp_path / "c.pt")
-    apply_to_file(tmp_path / "m.safetensors", tmp_path / "c.pt", tmp_path / "o.safetensors")
+    MaskApply(tmp_path / "m.safetensors", tmp_path / "c.pt", tmp_path / "o.safetensors")()
     assert mask.verify(load_file(tmp_path / "o.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""The commands that look at one thing: alphas, costs, masks, a model's score, a data set.
+"""The commands that print a table: alphas, costs, a model's score; and what a data set holds.
 
 Each imports what it needs when it runs, so that ``--help`` answers at once.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional, UseAppendAction
-from tyro.conf import subcommand as named
 
 from ..checks import Count, Seed
 from ..errors import LabError
@@ -21,22 +20,28 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def check_out(out: Path | None) -> None:
-    """Refuse, before the work, a place that cannot take its table."""
-    if out:
-        writable(out, "--out", TABLES)
+class TableCommand:
+    """A command whose table is printed and, where ``--out`` names a place, written there."""
 
+    out: Path | None
 
-def save_out(table: pd.DataFrame, out: Path | None) -> None:
-    """Write a table that has been printed, where that is asked for, and say where it is."""
-    from ..records import save_table
+    def table(self) -> pd.DataFrame:
+        """Print what there is to read and return what is to be written."""
+        raise NotImplementedError
 
-    if out:
-        print(f"table: {keep(out, partial(save_table, table))}")
+    def __call__(self) -> int:
+        from ..records import save_table
+
+        if self.out:  # refused before the work
+            writable(self.out, "--out", TABLES)
+        table = self.table()
+        if self.out:
+            print(f"table: {keep(self.out, partial(save_table, table))}")
+        return 0
 
 
 @dataclass
-class AlphaCommand:
+class AlphaCommand(TableCommand):
     """Fit a power law to the weight spectrum of every layer: which ones are well trained?"""
 
     model: Positional[str]
@@ -62,33 +67,30 @@ class AlphaCommand:
     """Write the table as CSV."""
 
     def __call__(self) -> int:
-        from tqdm.auto import tqdm
-
         from ..alpha import compare_authors, layer_alphas
 
         if self.compare not in (None, "authors"):
             raise LabError(f"--compare {self.compare} is unknown; the one choice is authors")
-        check_out(self.out)
-        weights = self._weights()
+        code = super().__call__()
+        if self.compare:  # which may fail, when the table is written
+            print(compare_authors(layer_alphas(self._weights(), "slices", "peak_official")))
+        return code
+
+    def table(self) -> pd.DataFrame:
+        from tqdm.auto import tqdm
+
+        from ..alpha import layer_alphas
+
         table = layer_alphas(
-            weights,
-            self.reshape,
-            self.rule,
-            self.control,
-            self.bootstrap,
-            self.seed,
-            self.exclude,
-            progress=tqdm,
-        )
+            self._weights(), self.reshape, self.rule, self.control, self.bootstrap, self.seed,
+            self.exclude, progress=tqdm,
+        )  # fmt: skip
         print(table.drop(columns=["reshape", "rule"]).to_string(index=False, float_format="%.4g"))
         fitted, left_out = int(table["alpha"].notna().sum()), ", ".join(self.exclude)
         without = f" (without {left_out})" if left_out else ""
         median = f"median alpha over these {fitted}: {table['alpha'].median():.4f}"
         print(f"{fitted} of {len(table)} layers{without} fitted, {median}")
-        save_out(table, self.out)
-        if self.compare:
-            print(compare_authors(layer_alphas(weights, "slices", "peak_official")))
-        return 0
+        return table
 
     def _weights(self):
         """A CLIP ResNet's image tower, or the bare state dict of anything else: no model built."""
@@ -120,7 +122,7 @@ class AlphaCommand:
 
 
 @dataclass
-class CostCommand:
+class CostCommand(TableCommand):
     """Parameters and MACs of a framework, the paper's way and counted evenly; no weights needed."""
 
     framework: str = "deeplabv3"
@@ -136,13 +138,12 @@ class CostCommand:
     out: Path | None = None
     """Write the table as CSV."""
 
-    def __call__(self) -> int:
+    def table(self) -> pd.DataFrame:
         from ..costs import SIZE, TRAINING_SIZE, cost, training_cost
         from ..masks import Mask
 
-        check_out(self.out)
         mask = Mask.load(self.mask) if self.mask else None
-        about = dict(mask=mask, backbone=self.backbone, preset=self.preset)
+        about = {"mask": mask, "backbone": self.backbone, "preset": self.preset}
         if self.training:
             table = training_cost(self.framework, self.size or TRAINING_SIZE, **about)
         else:
@@ -153,91 +154,11 @@ class CostCommand:
         units = {"macs": "GMACs", "sparse_macs": "sparse_GMACs"}
         print(shown.rename(columns=units).to_string(index=False, na_rep="", float_format="%.6g"))
         print("1 FLOP = 1 MAC. 'paper' is reconstructed; residual = total - printed.")
-        save_out(table, self.out)
-        return 0
+        return table
 
 
 @dataclass
-class MaskInfo:
-    """Density, origin and every layer of a mask."""
-
-    mask: Positional[Path]
-    """Of this lab (.safetensors) or the authors' (.pth)."""
-
-    def __call__(self) -> int:
-        from .maskfiles import describe
-
-        print(describe(self.mask))
-        return 0
-
-
-@dataclass
-class MaskApply:
-    """Set a checkpoint's pruned weights to 0 and write it as safetensors."""
-
-    mask: Positional[Path]
-    """Of this lab (.safetensors) or the authors' (.pth)."""
-    checkpoint: Positional[Path]
-    """State dict that holds the CLIP tower, anywhere."""
-    out: Path
-    """Where to write."""
-    prefix: str | None = None
-    """Of the tower ("backbone.clip_model.visual."); found by itself when left out."""
-    partial: bool = False
-    """Go on if only some of the mask's tensors are there."""
-    compact: bool = False
-    """One bit a zero: a pruned tower becomes about a sixth, a whole CLIP, whose text tower stays
-    dense, shrinks by a fifth; this lab reads it like any other file."""
-    force: bool = False
-    """Overwrite."""
-
-    def __call__(self) -> int:
-        from .maskfiles import apply_to_file
-
-        print(apply_to_file(self.mask, self.checkpoint, self.out, self.prefix, self.partial,
-                            self.compact, self.force))  # fmt: skip
-        return 0
-
-
-@dataclass
-class MaskConvert:
-    """The authors' masks to this lab's form, or back."""
-
-    mask: Positional[Path]
-    """Of this lab (.safetensors) or the authors' (.pth)."""
-    out: Positional[Path]
-    """Its ending says which form."""
-    checkpoint: Path | None = None
-    """The tower's weights, which the authors' form holds, too."""
-    force: bool = False
-    """Overwrite."""
-
-    def __call__(self) -> int:
-        from .maskfiles import convert
-
-        print(convert(self.mask, self.out, self.checkpoint, self.force))
-        return 0
-
-
-MaskAction = (
-    Annotated[MaskInfo, named("info")]
-    | Annotated[MaskApply, named("apply")]
-    | Annotated[MaskConvert, named("convert")]
-)
-
-
-@dataclass
-class MaskCommand:
-    """Masks in files: what one is, put it into a checkpoint, exchange it with the authors' code."""
-
-    action: MaskAction
-
-    def __call__(self) -> int:
-        return self.action()
-
-
-@dataclass
-class EvaluateCommand:
+class EvaluateCommand(TableCommand):
     """mIoU of a trained model on any data set: train on one, measure on all seven."""
 
     model: Positional[Path]
@@ -264,14 +185,12 @@ class EvaluateCommand:
     """Write the per-class table as CSV."""
     device: str = "auto"
 
-    def __call__(self) -> int:
+    def table(self) -> pd.DataFrame:
         from ..evaluation import measure
 
-        check_out(self.out)
         found = measure(**{name: value for name, value in vars(self).items() if name != "out"})
         print(found)
-        save_out(found.table, self.out)
-        return 0
+        return found.table
 
 
 @dataclass
