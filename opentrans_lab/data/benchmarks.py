@@ -61,9 +61,8 @@ class BenchmarkFiles(LabelFiles):
     """One split of a benchmark, by its key in ``BENCHMARKS``."""
 
     def __init__(
-        self, key: str, split: str, data_root: str | Path | None, size: int | None,
-        limit: int | None,
-    ) -> None:  # fmt: skip
+        self, key: str, split: str, data_root: str | Path | None, limit: int | None
+    ) -> None:
         about = BENCHMARKS[key]
         check_split(split, ("train", "val"), key)
         wanted = " or ".join(", ".join(_needs(x, split)) for x in about.layouts)
@@ -85,10 +84,7 @@ class BenchmarkFiles(LabelFiles):
         self.listing = f"{about.title} does not know; restore the official file"
         self.reader = layout.read
         self.shorter_side = layout.shorter_side
-        self.images, self.labels = ([str(pair[k]) for pair in pairs[:limit]] for k in (0, 1))
-        self.expect(told)
-        self.size, self.length = size, len(self.images)
-        self.title = f"{about.title} ({split}, {self.length} images)"
+        self.take(about.title, split, pairs[:limit], told)
 
 
 def benchmark_places(key: str) -> list[str]:

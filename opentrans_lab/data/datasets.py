@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from ..checks import Count, checked, choose
-from ..device import pick
 from ..files import unreadable
 from . import scenes
 from .benchmarks import BENCHMARKS, BenchmarkFiles, benchmark_places
 from .layouts import CocoPanoptic, Folder
-from .loader import Batch, Dataset, check_split
+from .loader import Batch, Dataset, Keys, check_split
 from .samples import annotate, collate, digest
 from .scenes import IGNORE
 
@@ -57,10 +56,10 @@ def load_dataset(
     """
     choose("dataset", dataset, DATASETS)
     try:
-        data = DATASETS[dataset](split, data_root or None, size or None, limit or None)
+        data = DATASETS[dataset](split, data_root or None, limit or None)
     except OSError as error:
         raise unreadable(error) from error
-    data.jitter, data.on_error = jitter, on_error
+    data.size, data.jitter, data.on_error = size or data.size, jitter, on_error
     if on_error == "raise":
         data.complete()
     return data
@@ -91,10 +90,11 @@ class Scenes(Dataset):
     ALL = 2**31  # scenes of one world that are told apart
     EVALUATED = 512  # without a limit
     instances = True
+    size = 128
 
-    def __init__(self, split: str, data_root: object, size: int | None, limit: int | None) -> None:
+    def __init__(self, split: str, data_root: object, limit: int | None) -> None:
         check_split(split, self.SPLITS, "scenes")
-        self.split, self.size = split, size or 128
+        self.split = split
         self.world = 1 + list(self.SPLITS).index(split)
         self.domain, self.pool = self.SPLITS[split]
         self.endless = split == "train" and limit is None
@@ -109,33 +109,28 @@ class Scenes(Dataset):
         amount = "endless" if self.endless else f"{self.length} images"
         self.title = f"mini lab scenes ({split}, {amount})"
 
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        start: int = 0,
-        train: bool = True,
-        device: str | torch.device = "cpu",
-        share: tuple[int, int] = (0, 1),
-        regions: bool = True,
-    ) -> Iterator[Batch]:
-        device = pick(device)
-        if train and not self.endless:
-            pool = self._pool(device)
-            for keys in self._keys(batch_size, seed, start, train):
-                chosen = [index for index, _ in keys]
+    def _keys(
+        self, batch_size: int, seed: int, start: int, train: bool, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Keys]:
+        if not (train and self.endless):
+            yield from super()._keys(batch_size, seed, start, train, share)
+            return
+        for step in count(start):
+            drawn = np.random.default_rng([seed, 0, step]).integers(self.ALL, size=batch_size)
+            yield [(index, 0) for index in drawn.tolist()]
+
+    def _batches(
+        self, keys: Iterator[Keys], seed: int, train: bool, device: torch.device, regions: bool,
+        workers: int | None,
+    ) -> Iterator[Batch]:  # fmt: skip
+        pool = self._pool(device) if train and not self.endless else None
+        for step in keys:
+            chosen = [index for index, _ in step]
+            if pool is not None:
                 self._fill(pool, chosen, device)
                 part = collate([pool[index] for index in chosen])
                 yield annotate(part, device, self.names, len(self), pool.__getitem__, regions)
-        if train:
-            indices = (
-                np.random.default_rng([seed, 0, step]).integers(self.ALL, size=batch_size).tolist()
-                for step in count(start)
-            )
-        else:
-            keys = self._keys(batch_size, seed, start, train, share)
-            indices = ([index for index, _ in step] for step in keys)
-        for chosen in indices:
+                continue
             drawn, ids = self._draw(chosen, device)
             yield {
                 "images": drawn.images,

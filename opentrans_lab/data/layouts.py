@@ -38,9 +38,7 @@ class CocoPanoptic(FileDataset):
         "official source: https://cocodataset.org/#download"
     )
 
-    def __init__(
-        self, split: str, data_root: str | Path | None, size: int | None, limit: int | None
-    ) -> None:
+    def __init__(self, split: str, data_root: str | Path | None, limit: int | None) -> None:
         check_split(split, ("train", "val"), "coco")
         layout = self.LAYOUT.format(split=split)
         root = find_root("coco", data_root, layout)
@@ -56,15 +54,13 @@ class CocoPanoptic(FileDataset):
         classes = read_class_names("coco")
         take_classes(self, classes)
         images, labels, tables = _read_panoptic(index, {int(r["label"]): r for r in classes}, limit)
-        self.images = [str(root / f"{split}2017" / name) for name in images]
-        self.labels = [str(pngs / name) for name in labels]
         self.lists = (str(index),)
-        self.expect(f"but {index} asks for it")
         # One array for all images: workers share it, where a list of objects would be copied.
         self.tables = np.concatenate(tables)
         self.ends = np.cumsum([len(t) for t in tables])
-        self.size, self.length = size, len(self.images)
-        self.title = f"COCO-Panoptic 133 ({split}, {self.length} images)"
+        photos = [root / f"{split}2017" / name for name in images]
+        pairs = zip(photos, map(pngs.joinpath, labels), strict=True)
+        self.take("COCO-Panoptic 133", split, pairs, f"but {index} asks for it")
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
         path, end = Path(self.labels[index]), self.ends[index]
@@ -196,9 +192,7 @@ class Folder(LabelFiles):
     PLACES = ("images", "labels", "classes.csv")
     LAYOUT = "a folder data set has images/{split}/, labels/{split}/*.png and classes.csv"
 
-    def __init__(
-        self, split: str, data_root: str | Path | None, size: int | None, limit: int | None
-    ) -> None:
+    def __init__(self, split: str, data_root: str | Path | None, limit: int | None) -> None:
         root = find_root("folder", data_root, self.LAYOUT)
         if not (root / "images").is_dir():
             raise LabError(f"{root / 'images'} is missing: {self.LAYOUT}")
@@ -222,11 +216,9 @@ class Folder(LabelFiles):
             raise LabError(f"{labels} is missing: {self.LAYOUT}")
         drawn = stems(labels, ".png")
         pairs = found | {stem: f"{stem}.*" for stem in drawn if stem not in found}
-        self.images = [str(images / name) for name in pairs.values()][:limit]
-        self.labels = [str(labels / f"{stem}.png") for stem in pairs][:limit]
-        self.expect(f"but {images} and {labels} must hold a picture and a label of each name")
-        self.size, self.length = size, len(self.images)
-        self.title = f"{root.resolve().name} ({split}, {self.length} images)"
+        files = [(images / name, labels / f"{stem}.png") for stem, name in pairs.items()][:limit]
+        asked = f"but {images} and {labels} must hold a picture and a label of each name"
+        self.take(root.resolve().name, split, files, asked)
 
 
 def _read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:

@@ -18,7 +18,7 @@ benchmarks count there, while the image may be reduced.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import count, groupby
 from pathlib import Path
 
@@ -44,15 +44,15 @@ Keys = list[tuple[int, int]]  # (sample, its position in the stream, which seeds
 
 
 class Dataset:
-    """What every data set offers. Subclasses set the attributes and implement ``batches``."""
+    """What every data set offers. Subclasses set the attributes and implement ``_batches``."""
 
     title: str  # for tables: which data, which split, how many images
     names: tuple[str, ...]  # one name a class
     prompts: ClassNames  # all names of each class, of which the best counts
     seen: Tensor  # (C,) bool: may this class appear in segmentation training?
     things: Tensor  # (C,) bool: countable? All False where nothing tells things from stuff
-    size: int | None
     length: int
+    size: int | None = None  # as asked for; see ``load_dataset``
     instances = False  # are things told apart, so that two of a class are two regions?
     missing: Sequence[str] = ()  # files that the data set asks for, see ``complete``
     on_error = "raise"  # or "skip", in evaluation: an unreadable sample is listed in ``skipped``
@@ -84,6 +84,7 @@ class Dataset:
         device: str | torch.device = "cpu",
         share: tuple[int, int] = (0, 1),
         regions: bool = True,
+        workers: int | None = None,
     ) -> Iterator[Batch]:
         """Batches from step ``start`` on.
 
@@ -92,7 +93,19 @@ class Dataset:
         augmented or padded; a batch may be smaller, as it holds images of one size only. Of that
         pass ``share`` = (rank, processes) takes every n-th step, and counts its own steps. Without
         ``regions``, masks and classes may be left out: hundreds of large masks are memory.
+        ``workers`` processes decode files (default: some if there is a GPU).
+
+        Raises:
+            LabError: an image or label file is missing, corrupt or does not fit (names the file).
         """
+        keys = self._keys(batch_size, seed, start, train, share)
+        return self._batches(keys, seed, train, pick(device), regions, workers)
+
+    def _batches(
+        self, keys: Iterator[Keys], seed: int, train: bool, device: torch.device, regions: bool,
+        workers: int | None,
+    ) -> Iterator[Batch]:  # fmt: skip
+        """A batch for each step's keys."""
         raise NotImplementedError
 
     def _keys(
@@ -128,13 +141,15 @@ class FileDataset(Dataset):
     shorter_side = 0  # larger pictures are reduced to it on reading, labels too
     jitter = False  # large-scale jitter in training: scales of 0.1 to 2
 
-    def expect(self, asked: str) -> None:
-        """Look which files are not there, and which have a suffix in capitals.
+    def take(self, title: str, split: str, pairs: Iterable[tuple[Path, Path]], asked: str) -> None:
+        """Pictures and labels as the samples; ``asked`` says who wants them.
 
-        ``asked`` says who wants them.
+        Looks which files are not there, and which have a suffix in capitals.
         """
-        (self.images, lost), (self.labels, more) = located(self.images), located(self.labels)
-        self.missing, self.asked = lost + more, asked
+        images, labels = zip(*((str(image), str(label)) for image, label in pairs), strict=True)
+        (self.images, lost), (self.labels, more) = located(images), located(labels)
+        self.missing, self.asked, self.length = lost + more, asked, len(images)
+        self.title = f"{title} ({split}, {self.length} images)"
 
     def fingerprint(self) -> str:
         return fingerprint([*self.lists, *self.images, *self.labels])
@@ -146,28 +161,15 @@ class FileDataset(Dataset):
         """
         raise NotImplementedError
 
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        start: int = 0,
-        train: bool = True,
-        device: str | torch.device = "cpu",
-        share: tuple[int, int] = (0, 1),
-        regions: bool = True,
-        workers: int | None = None,
-    ) -> Iterator[Batch]:
-        """As ``Dataset.batches``; ``workers`` processes decode (default: some if there is a GPU).
-
-        Raises:
-            LabError: an image or label file is missing, corrupt or does not fit (names the file).
-        """
-        device = pick(device)
+    def _batches(
+        self, keys: Iterator[Keys], seed: int, train: bool, device: torch.device, regions: bool,
+        workers: int | None,
+    ) -> Iterator[Batch]:  # fmt: skip
         if workers is None:
             workers = 0 if pick().type == "cpu" else min(8, max(1, (os.cpu_count() or 2) - 1))
         loader = DataLoader(
             _Reader(self, seed, train),  # type: ignore[arg-type]
-            sampler=self._keys(batch_size, seed, start, train, share),  # type: ignore[arg-type]
+            sampler=keys,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=_as_is,
             num_workers=workers,
