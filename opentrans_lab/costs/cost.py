@@ -41,6 +41,7 @@ from .recipes import DENSITY, MEDIAN_LAYER, RECIPES, thop_trunk
 SIZE = "800x1216"  # of Table 1: the first picture of COCO's validation set
 IMAGES, WARMUP = 50_000 * 28, 10_000 * 28  # seen in fine-tuning, and before layers are frozen
 TRAINING_SIZE = "512x512"
+NUMBERS = ["params", "macs", "sparse_params", "sparse_macs"]
 
 
 def cost(
@@ -76,9 +77,8 @@ def cost(
         printed = published and size == parse_size(SIZE)
         tables.insert(0, _paper(key, counted, density, printed))
     table = pd.concat(tables, ignore_index=True).assign(framework=key)
-    numbers = ["params", "macs", "sparse_params", "sparse_macs"]
-    table[numbers] = table[numbers].astype("Int64")
-    return table[["framework", "convention", "component", "counter", "density", *numbers]]
+    table[NUMBERS] = table[NUMBERS].astype("Int64")
+    return table[["framework", "convention", "component", "counter", "density", *NUMBERS]]
 
 
 def _count(
@@ -124,15 +124,10 @@ def _paper(key: str, counted: Counted, density: float, printed: bool) -> pd.Data
         if round(density, 2) == DENSITY:
             found["sparse_params"] = cells["ours", "params"] * 1e6
             found["sparse_macs"] = cells["ours", "flops"] * 1e9
-        table1 = pd.Series(found).reindex(["params", "macs", "sparse_params", "sparse_macs"])
+        table1 = pd.Series(found).reindex(NUMBERS)
         rest = total[table1.index] - table1
-        total = pd.concat(
-            [
-                total,
-                table1.round().to_frame().T.assign(component="printed"),
-                rest.round().assign(component="residual"),
-            ]
-        )
+        table1 = table1.round().to_frame().T.assign(component="printed")
+        total = pd.concat([total, table1, rest.round().assign(component="residual")])
     table = pd.concat([parts, total]).fillna({"counter": ""})
     return table.assign(convention="paper", density=density)
 
@@ -196,23 +191,13 @@ def training_cost(
         spared = _spared(layers, (frozen or {}).get(select, ()))
         less = round((share * layers["dense"]).sum())
         uniform = 3 * (total - layers["dense"].sum() + own.sum()) - own["conv1"]
-        rows.append(
-            {
-                "framework": key,
-                "select": select,
-                "row": row,
-                "density": density,
-                "frozen": round(share.sum()),
-                "trunk_macs": trunk,
-                "head_macs": head,
-                "frozen_macs": less,
-                "paper": images * (density * trunk + trunk + head)
-                + warmup * trunk
-                + (images - warmup) * (trunk - less),
-                "full": images * uniform - (images - warmup) * ((share + spared) * own).sum(),
-            }
-        )
-    table = pd.DataFrame(rows)
+        theirs = images * (density * trunk + trunk + head) + warmup * trunk
+        theirs += (images - warmup) * (trunk - less)
+        full = images * uniform - (images - warmup) * ((share + spared) * own).sum()
+        rows.append((select, row, density, round(share.sum()), trunk, head, less, theirs, full))
+    columns = ["select", "row", "density", "frozen", "trunk_macs", "head_macs", "frozen_macs"]
+    table = pd.DataFrame(rows, columns=[*columns, "paper", "full"])
+    table.insert(0, "framework", key)
     table[["paper", "full"]] /= 1e15
     cells = pd.concat([paper("table2").assign(row="dense"), paper("table4")])
     cells = cells[cells["metric"] == "training_flops"].drop_duplicates(["select", "row"])
@@ -233,7 +218,7 @@ def printed_cells() -> pd.DataFrame:
     cells = []
     for framework in FRAMEWORKS:
         table = cost(framework).query("convention == 'paper'").set_index("component")
-        for cell in ("params", "macs", "sparse_params", "sparse_macs"):
+        for cell in NUMBERS:
             counted, printed = table.loc["total", cell], table.loc["printed", cell]
             cells.append((framework, cell, float(counted), float(printed)))
     for line in training_cost("han").itertuples():

@@ -210,22 +210,19 @@ class Counted(NamedTuple):
             return "attention pool" if inner.startswith("attnpool") else "trunk"
         return name.split(".")[0] or "rest"
 
+    def within(self, name: str, component: str) -> bool:
+        """The same for a component, or the "head": all but trunk and attention pool."""
+        own = self.component(name)
+        return own == component or component == "head" and own not in ("trunk", "attention pool")
+
     def rows(self, component: str) -> pd.DataFrame:
-        """The operations of a component, or of the "head": all but trunk and attention pool."""
-        of = self.trace.rows["module"].map(self.component)
-        head = ~of.isin(["trunk", "attention pool"])
-        return self.trace.rows[head if component == "head" else of == component]
+        """The operations of a component or of the "head"."""
+        return self.trace.rows[self.trace.rows["module"].map(lambda m: self.within(m, component))]
 
     def parameters(self, component: str) -> dict[str, nn.Parameter]:
         """By name, those that the pass reads, of a component or of the "head"."""
-        found = {}
-        for name, p in self.model.named_parameters():
-            of = self.component(name)
-            if component == "head" and of not in ("trunk", "attention pool"):
-                of = "head"
-            if of == component and name in self.trace.read:
-                found[name] = p
-        return found
+        own = ((n, p) for n, p in self.model.named_parameters() if n in self.trace.read)
+        return {name: p for name, p in own if self.within(name, component)}
 
 
 def count(
@@ -267,17 +264,14 @@ def layer_costs(counted: Counted, mask: Mask | None = None) -> pd.DataFrame:
     Raises:
         LabError: the mask is of another model.
     """
-    kept = {}
+    kept, rows = {}, []
     if mask is not None:
         match = mask.find(counted.model, counted.tower)
         kept = {match.prefix + name: int(mask[name].sum()) for name in match.tensors}
-    rows = []
     for name, p in counted.model.named_parameters():
-        inside = name in counted.trace.read
-        component = counted.component(name) if inside else OUTSIDE
-        rows.append(
-            (component, name.rpartition(".")[0], p.numel(), 0, kept.get(name, p.numel()), 0)
-        )
+        component = counted.component(name) if name in counted.trace.read else OUTSIDE
+        module, size = name.rpartition(".")[0], p.numel()
+        rows.append((component, module, size, 0, kept.get(name, size), 0))
     for name, macs in counted.trace.rows.groupby("module", sort=False)["macs"].sum().items():
         weight, sparse = f"{name}.weight", macs
         if weight in kept:

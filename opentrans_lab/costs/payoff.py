@@ -141,14 +141,10 @@ def payoff(
     ]
     with TemporaryDirectory() as folder, torch.inference_mode():
         if all(find_spec(name) for name in ("onnxruntime", "onnx", "onnxscript")):
-            pair = [
-                _onnx(model, images, Path(folder) / f"{i}.onnx")
-                for i, model in enumerate((dense, masked))
-            ]
+            pair = [_onnx(m, images, Path(folder) / f"{m is dense}.onnx") for m in (dense, masked)]
             ways.append(("ONNX Runtime", *pair, "fuses layers, multiplies zeros"))
         else:
-            need = "pip install onnx onnxruntime onnxscript"
-            print(f"ONNX Runtime is left out: {need}")
+            print("ONNX Runtime is left out: pip install onnx onnxruntime onnxscript")
         reference = masked(images)
         calls = {(way, i): f for way, *pair, _ in ways for i, f in enumerate(pair) if f is not None}
         times: dict[tuple, list[float]] = {key: [] for key in calls}
@@ -180,23 +176,17 @@ def disk_sizes(visual: nn.Module, mask: Mask) -> pd.DataFrame:
     """
     state = {k: v.detach().cpu().clone() for k, v in visual.state_dict().items()}
     mask.apply(state)
+    state = {k: v for k, v in state.items() if not k.startswith("attnpool.")}
     rows = []
     with TemporaryDirectory() as folder:
         plain, packed = Path(folder) / "plain.safetensors", Path(folder) / "packed.safetensors"
         for kind in (torch.float32, torch.float16):
-            cast = {
-                k: v.to(kind) if v.is_floating_point() else v
-                for k, v in state.items()
-                if not k.startswith("attnpool.")
-            }
+            cast = {k: v.to(kind) if v.is_floating_point() else v for k, v in state.items()}
             save_file(cast, plain)
             save_sparse(cast, packed)
             dense, sparse = (path.stat().st_size / 1e6 for path in (plain, packed))
-            name = str(kind).removeprefix("torch.")
-            rows.append(
-                {"dtype": name, "dense_mb": dense, "sparse_mb": sparse, "ratio": dense / sparse}
-            )
-    return pd.DataFrame(rows)
+            rows.append((str(kind).removeprefix("torch."), dense, sparse, dense / sparse))
+    return pd.DataFrame(rows, columns=["dtype", "dense_mb", "sparse_mb", "ratio"])
 
 
 def _slice(module: nn.Module, name: str, keep: Tensor) -> None:

@@ -38,6 +38,7 @@ class Checked:
 
     def __str__(self) -> str:
         never = self.classes.loc[self.classes["images"] == 0, "name"].tolist()
+        few = ", ".join(never[:12]) + f" and {len(never) - 12} more" * (len(never) > 12)
         heights, widths = zip(*self.sizes, strict=True) if self.sizes else ((0,), (0,))
         lines = [
             self.title,
@@ -46,7 +47,7 @@ class Checked:
             f"  pixels ignored     {self.ignored:.1%}",
             f"  classes            {len(self.classes)}, {int(self.classes['seen'].sum())} of them "
             "seen in segmentation training",
-            f"  classes never seen {len(never)}" + (f": {_few(never)}" if never else ""),
+            f"  classes never seen {len(never)}" + f": {few}" * bool(never),
             f"  files missing      {self.missing}",
             f"  images not read    {len(self.broken)}",
         ]
@@ -99,7 +100,3 @@ def check(dataset: str, split: str = "val", root: str | Path | None = None) -> C
     ignored = float(pixels[count] / max(int(pixels.sum()), 1))
     return Checked(data.title, sum(sizes.values()), data.skipped, table, ignored, sizes,
                    len(data.missing), shown)  # fmt: skip
-
-
-def _few(names: list[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -256,15 +256,10 @@ def summarise(counts: Tensor, names: tuple[str, ...], seen: Tensor) -> Evaluatio
     """All metrics of a confusion matrix (C, C) over ``names``, of which ``seen`` (C,) bool."""
     values, pixels = iou(counts), counts.sum(1)
     total = pixels.sum().double()
-    per_class = pd.DataFrame(
-        {
-            "id": range(len(names)),
-            "name": names,
-            "seen": seen.tolist(),
-            "iou": values.tolist(),
-            "pixels": pixels.tolist(),
-        }
-    )
+    per_class = pd.DataFrame({
+        "id": range(len(names)), "name": names, "seen": seen.tolist(), "iou": values.tolist(),
+        "pixels": pixels.tolist(),
+    })  # fmt: skip
     return Evaluation(
         miou=miou(counts),
         miou_seen=miou(counts, seen),

@@ -96,14 +96,11 @@ def measure(
         lines.append("no pixel that was read has a class, so there is nothing to measure; see "
                      "`opentrans-lab data check`")  # fmt: skip
     else:
-        lines.append(_text(shown.assign(**{c: 100 * shown[c] for c in percent}).head(SHOWN)))
+        part = shown.assign(**{c: 100 * shown[c] for c in percent}).head(SHOWN)
+        lines.append(part.to_string(index=False, float_format="%.2f", na_rep="–"))
     if len(shown) > SHOWN:
         lines.append(f"and {len(shown) - SHOWN} classes more (--out writes all)")
     if skipped:
         lines.append(f"{len(skipped)} images were skipped:")
         lines += [f"  {reason}" for _, reason in skipped]
     return Measured("\n".join(lines), table)
-
-
-def _text(table: pd.DataFrame) -> str:
-    return table.to_string(index=False, float_format="%.2f", na_rep="–")
