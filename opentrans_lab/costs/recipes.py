@@ -65,19 +65,15 @@ class Part(NamedTuple):
     macs: int
 
 
-def plain_trunk(counted: Counted) -> Counted:
-    """The trunk alone at output stride 32, whatever the framework has made of its own."""
-    return _plain(counted.model.backbone.name, counted.size)
-
-
 @lru_cache(maxsize=8)
 def _plain(backbone: str, size: tuple[int, int]) -> Counted:
     return count(meta_backbone(backbone), size)
 
 
 def thop_trunk(counted: Counted) -> Part:
-    """What thop says of ``plain_trunk``."""
-    plain = plain_trunk(counted)
+    """What thop says of the trunk alone at output stride 32, whatever the framework has made of its
+    own."""
+    plain = _plain(counted.model.backbone.name, counted.size)
     return Part("trunk", "thop", _numel(plain, "trunk"), counter.thop(plain.rows("trunk")))
 
 

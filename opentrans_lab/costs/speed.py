@@ -8,8 +8,8 @@ saving on paper is one in seconds depends on the machine.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -117,21 +117,13 @@ def _step(
     bf16: bool,
 ) -> tuple[float, float, float]:
     """Seconds, megabytes and joules of one step."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
-
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     before = _joules(device)
     began = time.perf_counter()
     cast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    hooks = nullcontext() if cuda else saved_tensors_hooks(keep, lambda tensor: tensor)
-    with cast, hooks:
+    with cast, nullcontext() if cuda else kept_for_backward(model) as kept:
         loss = objective(batch)["loss"]
     loss.backward()
     optimizer.step()
@@ -140,10 +132,28 @@ def _step(
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
     energy = _joules(device) - before
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held = sum(size for where, size in kept.items() if where not in weights)
-    memory = torch.cuda.max_memory_allocated(device) if cuda else held
+    memory = torch.cuda.max_memory_allocated(device) if cuda else kept[0]
     return seconds, memory / 1e6, energy
+
+
+@contextmanager
+def kept_for_backward(model: nn.Module) -> Iterator[list[int]]:
+    """Counts what forward passes of ``model`` within it keep for backward, its weights aside.
+
+    The list holds the bytes when the block has ended.
+    """
+    own, found = {p.untyped_storage()._cdata for p in model.parameters()}, []
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes a storage's place
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor.detach()
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found
+    found.append(sum(storage.nbytes() for key, storage in kept.items() if key not in own))
+    kept.clear()  # backward frees them one by one
 
 
 def _joules(device: torch.device) -> float:

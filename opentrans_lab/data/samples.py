@@ -38,16 +38,9 @@ class Sample(NamedTuple):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples of one size, as ``annotate`` takes them."""
-    return {
-        "images": torch.stack([s["image"] for s in samples]),
-        "segments": torch.stack([s["segments"] for s in samples]),
-        "classes": [s["classes"] for s in samples],
-        "regions": [s["regions"] for s in samples],
-        "files": [s["file"] for s in samples],
-        "indices": [s["index"] for s in samples],
-        "contents": [s["content"] for s in samples],
-    }
+    """Samples of one size under the same keys: the two maps stacked, lists of all else."""
+    part = {key: [sample[key] for sample in samples] for key in samples[0]}
+    return part | {key: torch.stack(part[key]) for key in ("image", "segments")}
 
 
 def annotate(
@@ -70,15 +63,15 @@ def annotate(
         masks.append(segments[row] == regions[:, None, None])
         classes.append(table[regions])
     batch = {
-        "images": part["images"].to(device, non_blocking=True).float().div_(255),
+        "images": part["image"].to(device, non_blocking=True).float().div_(255),
         "labels": labels,
         "masks": masks,
         "classes": classes,
         "names": names,
-        "files": part["files"],
+        "files": part["file"],
     }
-    if any(part["contents"]):
-        who = zip(part["contents"], part["regions"], part["indices"], strict=True)
+    if any(part["content"]):
+        who = zip(part["content"], part["regions"], part["index"], strict=True)
         batch["samples"] = [Sample(c, r, partial(whole, i)) for c, r, i in who]
         batch["length"] = length
     return batch

@@ -66,7 +66,7 @@ def read_state_dict(
 def read_tensors(path: str | Path, jit: bool = False) -> dict[str, Tensor]:
     """Every tensor of a file by its dotted name, as it is there, on the CPU.
 
-    Reads safetensors (those of ``sparse.save_sparse`` and the index of several files, too), pickles
+    Reads safetensors (those of ``costs.save_sparse`` and the index of several files, too), pickles
     of tensors and plain values (``weights_only``, so no code of theirs runs) and, told to by `jit`,
     TorchScript archives, the form of OpenAI's files: loading one may run what is in it, so ask only
     for a CLIP. The content of a file tells its form, not its ending.

@@ -1,7 +1,7 @@
 """What runs say: tables beside the paper's, the five claims, one static site."""
 
 from .claims import claim_table, freezing_verdict, gains, judged
-from .page import duration, run_page
+from .page import duration, number, run_page
 from .side_by_side import as_csv, cells, side_by_side
 from .site import build_report
 from .tables import experiment, literal, summary
@@ -17,6 +17,7 @@ __all__ = [
     "gains",
     "judged",
     "literal",
+    "number",
     "run_page",
     "side_by_side",
     "summary",

@@ -12,9 +12,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
-from ..costs import meta_backbone, meta_framework, trace, training_cost
+from ..costs import kept_for_backward, meta_backbone, meta_framework, trace, training_cost
 from ..experiments import (
     Lab,
     Recipe,
@@ -194,18 +193,10 @@ def _kept(
     else:
         options = {"clip": "tuned" if tuned else "frozen"} if framework == "fcclip" else {}
         model = meta_framework(framework, backbone, preset, **options)
-    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that no other storage takes its place
-        return tensor.detach()
-
     model.training = True  # the pass of a training step; what drops out would ask for values
-    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.device("meta"):
+    with kept_for_backward(model) as kept, torch.device("meta"):
         model(torch.empty(1, 3, size, size, device="meta"))
-    held = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), held
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), kept[0]
 
 
 @cache

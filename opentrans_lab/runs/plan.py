@@ -21,6 +21,7 @@ from ..experiments import Recipe, framework_options
 from ..files import looking_once
 from ..heads import build
 from ..records import load, runs_root
+from ..report import number
 from .estimate import REGIONS, Work, step_macs, work_of
 from .grids import Job
 
@@ -48,7 +49,7 @@ def plan(jobs: Sequence[Job], macs_per_second: float) -> pd.DataFrame:
         one device), memory and disk (bytes; memory of the largest stage).
 
     Raises:
-        LabError: as ``work.work_of``.
+        LabError: as ``estimate.work_of``.
     """
     seen, rows = set(), []
     for job in jobs:
@@ -147,19 +148,15 @@ def describe_plan(table: pd.DataFrame) -> str:
         shown[name] = differ[name].where(differ[name].notna(), "")
     shown["stages"] = table["stages"]
     shown["pictures"] = table["pictures"].map("{:,}".format)
-    shown["PMACs"] = (table["macs"] / 1e15).map(_number)
+    shown["PMACs"] = (table["macs"] / 1e15).map(number)
     shown["hours"] = table["hours"].map("{:,.2f}".format)
     shown["peak GB"] = (table["memory"] / 1e9).map("{:.1f}".format)
     shown["disk GB"] = (table["disk"] / 1e9).map("{:.2f}".format)
     hours, macs = table["hours"], table["macs"].sum() / 1e15
     total = (
-        f"in all: {hours.sum():,.1f} hours of one device ({_number(macs)} PMACs, "
+        f"in all: {hours.sum():,.1f} hours of one device ({number(macs)} PMACs, "
         f"{table['pictures'].sum():,} training pictures), the longest run {hours.max():,.1f} h; "
         f"at most {table['memory'].max() / 1e9:.1f} GB of memory; "
         f"{table['disk'].sum() / 1e9:.2f} GB under {runs_root()}"
     )
     return f"{shown.to_string(index=False)}\n{total}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
