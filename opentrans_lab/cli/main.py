@@ -1,7 +1,5 @@
 """``opentrans-lab``: its commands, and exit code 0, 1 (a run failed) or 2 (mend this)."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import is_dataclass
 from pathlib import Path

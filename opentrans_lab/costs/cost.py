@@ -11,8 +11,6 @@ One FLOP is one MAC in both, as in the paper. CLIP's text tower (whose embedding
 for a vocabulary) is in neither, nor is its attention pool unless the forward pass runs it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path

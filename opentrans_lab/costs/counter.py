@@ -5,8 +5,6 @@ what each operation multiplies. Whatever is published about cost is a sum over t
 (``layer_costs``), or those that fvcore and thop form over the same pass (``fvcore``, ``thop``).
 """
 
-from __future__ import annotations
-
 import copy
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Unstructured zeros save a file's size at once. Time they save only where somethi
 whole channels that can go, sparse matrix products, or an engine.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import time

@@ -4,8 +4,6 @@ Reconstructed from the printed numbers, never tuned to them: ``SOURCES`` says wh
 it is. Every number is a sum over the traced operations, see :mod:`opentrans_lab.costs.counter`.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ weight and nothing else; the gradient that passes through it is needed all the s
 saving on paper is one in seconds depends on the machine.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext

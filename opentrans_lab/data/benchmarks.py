@@ -4,8 +4,6 @@ A benchmark is an entry of ``BENCHMARKS``: its class table and the layouts in wh
 the official one first, then as prepared for detectron2. No preparation is asked of anybody.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

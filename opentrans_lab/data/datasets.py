@@ -1,7 +1,5 @@
 """Data sets by their key: ``load_dataset("scenes", "val")``. What they yield: see ``loader``."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from functools import lru_cache, partial

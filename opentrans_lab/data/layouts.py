@@ -1,7 +1,5 @@
 """Layouts: one small class for each way that label files lie on disk."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections import Counter

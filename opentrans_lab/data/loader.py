@@ -15,8 +15,6 @@ In training h = H and w = W. In evaluation the labels keep the resolution of the
 benchmarks count there, while the image may be reduced.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import count, groupby

@@ -1,7 +1,5 @@
 """How the mini lab's things and backgrounds look: shapes, textures and palettes, on any device."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

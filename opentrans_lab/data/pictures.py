@@ -4,8 +4,6 @@ A picture is what a viewer shows: upright, in colour, 8 bit. A label is what was
 the colours of a palette. Both are the same pixels: see :func:`aligned`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path

@@ -10,8 +10,6 @@ A sample is what a data set reads or draws::
     content  its ``digest``, in training; else ""
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from functools import partial

@@ -9,8 +9,6 @@ Open vocabulary: some names are *unseen* in segmentation training. They are comp
 attributes, and every name with a held-out attribute value (one colour, one shape).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

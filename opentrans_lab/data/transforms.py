@@ -1,7 +1,5 @@
 """How a picture and its segments are shown: one size, one cut, one flip for both of them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

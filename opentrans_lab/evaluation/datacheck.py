@@ -1,7 +1,5 @@
 """Is this data set whole? Every file opened, every label value looked at, one picture to see."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Evaluation: one confusion matrix over a split, and everything follows from it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

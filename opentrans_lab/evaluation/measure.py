@@ -1,7 +1,5 @@
 """A trained model on any data set, for the command: what ``evaluate`` finds, as a table to read."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Panoptic quality (Kirillov et al., CVPR 2019): are the segments found, and how well drawn?"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pandas as pd

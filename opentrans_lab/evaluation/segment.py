@@ -1,7 +1,5 @@
 """One picture, any names: ``segment("photo.jpg", ["zebra", "grass", "sky"])``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field

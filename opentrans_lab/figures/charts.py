@@ -3,8 +3,6 @@
 Every function returns the figure; ``plots`` sets their look and draws what is seen of one model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt

@@ -1,7 +1,5 @@
 """Turn the knobs: one layer's spectrum, with model, layer, reshape and rule to choose."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Other people's words in figures, drawn as they are written: names, files, parameters."""
 
-from __future__ import annotations
-
 import unicodedata
 
 from matplotlib import rc_context

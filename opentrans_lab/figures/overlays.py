@@ -1,7 +1,5 @@
 """Label maps to look at: a colour for every class, the same wherever it is, and sheets of them."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Mapping, Sequence

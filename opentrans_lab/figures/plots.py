@@ -4,8 +4,6 @@ Every function returns the figure, and draws only what it is given: nothing is c
 bins.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 

@@ -4,8 +4,6 @@ So one thing is not seen: a picture of the same size in another's place that a t
 old time, too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """What is written: asked before the work whether it can be, then written whole or not at all."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """Files and folders: a data set's, each looked at once, those that a user names, and as links."""
 
-from __future__ import annotations
-
 import csv
 import glob
 import json

@@ -4,8 +4,6 @@ Wrappers put prefixes before names ("module.", "backbone.clip_model.", "ema."). 
 the names that are looked for, and not from a list.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections import Counter

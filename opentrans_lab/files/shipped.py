@@ -1,7 +1,5 @@
 """What travels with the library: the mini CLIP, class names, the paper's tables, notebooks."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from importlib import resources

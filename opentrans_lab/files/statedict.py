@@ -1,7 +1,5 @@
 """Tensors out of foreign files, without building a model and without running what is in them."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -4,8 +4,6 @@ Values come as texts from a command line or YAML and are kept as they were spell
 parameter is known that they are for: 007 is a name there and a number here.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """The paper's own tables (``data/paper``), to stand beside ours."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from ..errors import LabError

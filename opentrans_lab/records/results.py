@@ -4,8 +4,6 @@
 ``sources``): where both are equal, it is one run.
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json

@@ -4,8 +4,6 @@ Keys of runs and of stages hold it, so that nothing counts as finished that woul
 otherwise. What of a file counts, says ``fingerprint``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from contextlib import suppress

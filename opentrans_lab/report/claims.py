@@ -3,8 +3,6 @@
 ``claim_table`` judges the paper's five claims from whatever runs there are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Formulas become MathML, which browsers draw by themselves; figures are embedded; code is folded.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from functools import cache

@@ -5,8 +5,6 @@ compared is how far a row lies from the one that it is held against, so that is 
 costs, which are counted for the paper's own sizes.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterator, Sequence
 from html import escape

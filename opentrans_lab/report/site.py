@@ -3,8 +3,6 @@
 Everything is copied into the site, so the folder can be zipped, mailed or put on any web server.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from datetime import datetime

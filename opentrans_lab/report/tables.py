@@ -1,7 +1,5 @@
 """Tables over many runs, reduced over seeds, and the paper's beside them (``data/paper``)."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from html import escape
 

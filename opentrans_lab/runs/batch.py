@@ -3,8 +3,6 @@
 A grid goes on when one of its jobs fails, and finished jobs are not run again.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

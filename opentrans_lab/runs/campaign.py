@@ -3,8 +3,6 @@
 All of its state is the folder of runs, which can be carried to another machine.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Nothing runs: networks have shapes only (``counter``).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace

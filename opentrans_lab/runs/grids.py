@@ -3,8 +3,6 @@
 A mistyped parameter would only make papermill warn; here it is an error that lists the valid names.
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import NamedTuple

@@ -5,8 +5,6 @@ last cell has passed. Nothing here changes the process's own environment, so tha
 share a process. Starts notebooks and knows no models.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

@@ -1,7 +1,5 @@
 """The cells of one notebook, run by a kernel of this interpreter, and what went wrong in words."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable

@@ -4,8 +4,6 @@ A plan lists the very stages that the notebooks will ask for. So one that severa
 counted once, in the run that comes first, and one that has finished counts nothing.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ who can talk to a scheduler can run code. On a scheduler of someone else's, work
 thread each, since a job sets its process's folder and variables.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time
