@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import choose
 from ..errors import LabError
 from .painter import COLOURS, SHAPES, STUFF, TEXTURES, backgrounds, paint
 
@@ -78,8 +79,7 @@ def render(
     Raises:
         LabError: unknown domain or names.
     """
-    if domain not in ("base", "shifted"):
-        raise LabError(f"unknown scene domain {domain!r}; use 'base' or 'shifted'")
+    choose("domain", domain, ("base", "shifted"))
     if not 0 <= objects[0] <= objects[1] <= MAX_OBJECTS:
         raise LabError(f"objects={objects} must be (least, most) with at most {MAX_OBJECTS}")
     pool, device = _pool(names), torch.device(device)
