@@ -16,10 +16,11 @@ from opentrans_lab.errors import LabError
 from opentrans_lab.heads import FRAMEWORKS
 from opentrans_lab.pruning import ROWS
 from opentrans_lab.pruning.imp import TERMS
-from opentrans_lab.records import PROJECT, Run, load, results_root, run_dir
+from opentrans_lab.records import PROJECT, Run, load, results, results_root
 from opentrans_lab.runs import run_grid
-from opentrans_lab.runs.campaign import campaign, missing_first, outlook, publish
+from opentrans_lab.runs.campaign import campaign, missing_first, outlook
 from opentrans_lab.runs.grids import Job, complete, load_grid
+from opentrans_lab.runs.published import places, publish
 
 GRID = """
 runs:
@@ -57,21 +58,22 @@ def test_fewest_seeds_first(grid):
     assert told(missing_first(jobs))[:3] == ["a0", "b1", "a2"]
 
 
-def test_published_seeds_count_and_run_again_only_at_the_end(grid, runs):
+def test_published_seeds_count_and_run_again_only_at_the_end(grid, runs, monkeypatch):
+    monkeypatch.setattr(results, "revision", lambda: "1234567")
     jobs = load_grid(grid)
     ran(jobs[0])
-    publish([run_dir("01_tiny", complete(*jobs[0][:2]))])
+    publish(places(jobs))
     shutil.rmtree(runs)
     assert told(missing_first(jobs)) == ["b0", "a1", "b1", "a2", "b2", "a0"]
     assert outlook(jobs).startswith("campaign: 0 of 6 runs finished, 1 more published; ")
 
 
-def test_slices_finish_the_grid_and_publish_each_run_under_its_revision(
+def test_slices_finish_the_grid_and_publish_each_run_under_its_table(
     grid, runs, tmp_path, capsys, monkeypatch
 ):
     done, page = campaign(grid, 0)
     assert [r.status for r in done] == ["out of time"] * 6 + ["ok"] and page.is_file()
-    assert not list(results_root().glob("*/01_tiny"))
+    assert not list(results_root().glob("[!.]*"))
     monkeypatch.chdir(grid.parent)
     campaign(Path(grid.name), 10)  # from its own folder
     tables = json.loads((Job(grid.parents[1] / "05_paper_tables.ipynb", {}).folder / "metrics.json")
@@ -79,9 +81,16 @@ def test_slices_finish_the_grid_and_publish_each_run_under_its_revision(
     assert tables["metrics"] == {"seen": 6}, "made anew after the runs"
     said = capsys.readouterr().out
     assert "0 of 6 runs finished" in said and "6 of 6 runs finished" in said
-    (revision,) = results_root().glob("[!.]*")
-    records = [json.loads(p.read_text()) for p in revision.glob("01_tiny/*/metrics.json")]
-    assert len(records) == 6 and {r["revision"] for r in records} == {revision.name}
+    assert {path.name for path in results_root().glob("[!.]*")} == {"g", "README.md"}
+    there = {path.name: path for path in results_root().glob("g/clip/*")}
+    assert {name.removesuffix("-uncommitted") for name in there} == {
+        f"seed-{seed}-name-{name}" for seed in range(3) for name in "ab"
+    }
+    for name, path in there.items():
+        record = load(path)
+        params = record["parameters"]
+        assert name.startswith(f"seed-{params['seed']}-name-{params['name']}")
+        assert record["revision"] == results.revision()
     moved = tmp_path / "carried"
     shutil.move(runs, moved)  # the state is this one folder
     with pytest.MonkeyPatch.context() as patch:
@@ -148,9 +157,10 @@ def test_two_campaigns_publish_one_after_the_other(runs, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", slow)
     with ThreadPoolExecutor() as both:
-        found = list(both.map(publish, [[run.dir, runs / "01_tiny" / "none"]] * 2))
+        where = {run.dir: Path("t/clip/seed-0"), runs / "01_tiny" / "none": Path("t/clip/none")}
+        found = list(both.map(publish, [where] * 2))
     assert found[0] == found[1] and len(found[0]) == 1
-    assert load(found[0][0] / "03_transfer" / run.dir.name)["metrics"] == {"miou": 1}
+    assert load(found[0][0])["metrics"] == {"miou": 1}
 
 
 @pytest.mark.parametrize("when", ["before", "after", "a file"])
@@ -160,8 +170,8 @@ def test_a_run_that_is_replaced_while_it_is_read_stays_as_it_was_published(
     table = pd.DataFrame({"row": ["ours"], "seen": [1.0]})
     run = Run("03_transfer", {"seed": 0})
     run.save({"miou": 1}, t=table)
-    (revision,) = publish([run.dir])
-    place = revision / "03_transfer" / run.dir.name
+    where = {run.dir: Path("t/clip/seed-0")}
+    (place,) = publish(where)
     read = Path.read_bytes
 
     def replaced(path):
@@ -178,8 +188,8 @@ def test_a_run_that_is_replaced_while_it_is_read_stays_as_it_was_published(
     (run.dir / ".1-2-t.csv").touch()  # somebody writes
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", replaced)
-        assert publish([run.dir]) == []
+        assert publish(where) == []
     assert load(place)["metrics"] == {"miou": 1} and (place / "t.csv").is_file()
     if when == "a file":
-        publish([run.dir])
+        publish(where)
     assert {path.name for path in place.iterdir()} == {"metrics.json", "t.csv"}

@@ -192,18 +192,23 @@ def test_a_clip_that_stays_frozen_and_the_ensemble():
     found = lines("03_transfer", "transfer", framework="fcclip", backbone_lr=0.0)
     found = found.set_index(["row", "parameters.norm"])
     said = {line[0]: line[1:] for line in cells("Where CLIP stays frozen")}
-    assert len(said) == 9 and len(found) == 18
+    assert len(said) == 9 and len(found) == 16
+    missing = {(row, "train") for row in ("ours_kd", "ours_mask_kd")}  # of uncommitted code alone
     for row, line in said.items():
         for norm, cell in zip(("train", "recalibrated"), line, strict=True):
-            assert cell == "{seen:.1f} / {unseen:.1f}".format(**found.loc[(row, norm)])
+            if (row, norm) in missing:
+                assert cell == "–" and (row, norm) not in found.index
+            else:
+                assert cell == "{seen:.1f} / {unseen:.1f}".format(**found.loc[(row, norm)])
     seen = found["seen"].unstack("parameters.norm")
     gained, text = seen["recalibrated"] - seen["train"], section("Where CLIP stays frozen")
     assert gained["ours"] < gained["ours_mask_only"] and "`ours` gains less" in text
     rival = "random_layerwise_kd"
     assert (seen.loc[["ours", "ours_mask_only"]] < seen.loc[rival]).all(axis=None)
-    assert (seen.loc[["ours_kd", "ours_mask_kd"]] > seen.loc[rival] + 5).all(axis=None)
+    trained = seen.loc[["ours_kd", "ours_mask_kd"], "recalibrated"]
+    assert (trained > seen.loc[rival, "recalibrated"] + 5).all()
     assert f"Neither passes `{rival}`" in text
-    assert "then ours are far ahead of it (`ours_kd`, `ours_mask_kd`)" in text
+    assert "then ours are far ahead of it (`ours_kd`, `ours_mask_kd`; shown for re-est" in text
     parts = lines("03_transfer", "parts", framework="fcclip", norm="train")
     parts = parts[parts["part"] == "head"]
     first = parts[parts["seed"] == 0].set_index(["row", "parameters.backbone_lr", "names"])

@@ -32,8 +32,8 @@ from opentrans_lab.records import (
     run_key,
 )
 from opentrans_lab.report.tables import ADDED, lines, summary
-from opentrans_lab.runs.campaign import publish
 from opentrans_lab.runs.grids import defaults
+from opentrans_lab.runs.published import publish
 
 matplotlib.use("Agg")
 
@@ -312,26 +312,27 @@ def test_a_folder_that_another_process_has_just_put_aside_is_none(folders, monke
 
 
 def test_published_runs_are_small_and_found_beside_the_own_ones(runs, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENTRANS_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(results, "revision", lambda: "1234567")
     for seed in (0, 1):
         run = Run("03_transfer", {"seed": seed})
         run.save({"miou": seed}, transfer=pd.DataFrame({"row": ["ours"], "seen": [10.0 + seed]}))
         (run.dir / "executed.ipynb").write_text("large")
     one, two = (run_dir("03_transfer", {"seed": seed}) for seed in (0, 1))
-    (folder,) = publish([one, two])
-    (folder / "03_transfer" / one.name / "older.csv").touch()
-    (place,) = folder.glob(f"03_transfer/{two.name}")
+    where = {folder: Path("t", "clip", f"seed-{i}") for i, folder in enumerate((one, two))}
+    first, place = publish(where)
+    (first / "older.csv").touch()
 
     def full(*_):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr(Path, "write_bytes", full)
-        publish([two])
+        publish({two: where[two]})
     assert not (place / "metrics.json").exists(), "half a run is none"
-    (folder,) = publish([one, two])
-    assert folder.parent == tmp_path / "results"
-    assert {p.name for p in folder.rglob("*") if p.is_file()} == {"metrics.json", "transfer.csv"}
+    assert publish(where) == [first, place]
+    assert place == tmp_path / "results" / where[two]
+    for folder in (first, place):
+        assert {p.name for p in folder.iterdir()} == {"metrics.json", "transfer.csv"}
     shutil.rmtree(runs)
     assert set(collect("03_transfer")["metrics.miou"]) == {0, 1}
     assert summary("03_transfer", "transfer", ["row"], ["seen"]).loc["ours", "n"] == 2

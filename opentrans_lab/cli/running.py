@@ -115,7 +115,7 @@ class CampaignCommand:
     """Run a large grid in slices: stops cleanly when time is up, and goes on the next time.
 
     What is missing most runs next. What has finished is also copied, without notebooks and weights,
-    to results/<revision>.
+    to results/<table>/<framework>/seed-<n>, and listed in results/README.md.
     """
 
     minutes: float = 60.0

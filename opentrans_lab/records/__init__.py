@@ -1,5 +1,6 @@
 """The record of a run: parameters, sources, what it leaves; and the paper's own tables."""
 
+from .found import collect, published, quoted, records, results_root, run_name
 from .notebook import SWITCHES, code, defaults, given_in_types, place, read_notebook
 from .paper import paper, paper_wide
 from .results import (
@@ -7,14 +8,11 @@ from .results import (
     PROJECT,
     STAGE,
     Run,
-    collect,
     described,
     load,
     plain,
     put,
     read_table,
-    records,
-    results_root,
     revision,
     run_dir,
     run_key,
@@ -44,7 +42,9 @@ __all__ = [
     "paper_wide",
     "place",
     "plain",
+    "published",
     "put",
+    "quoted",
     "read_notebook",
     "read_table",
     "records",
@@ -52,6 +52,7 @@ __all__ = [
     "revision",
     "run_dir",
     "run_key",
+    "run_name",
     "runs_root",
     "save_table",
     "versions",

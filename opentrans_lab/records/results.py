@@ -1,10 +1,9 @@
-"""What a run leaves behind, and how to find it again: one folder a run, ``metrics.json`` in it.
+"""What a run leaves behind: one folder a run, ``metrics.json`` in it.
 
 ``runs/<notebook>/<key>/`` follows from the parameters and what the files are that they name (see
 ``sources``): where both are equal, it is one run.
 """
 
-import glob
 import hashlib
 import json
 import math
@@ -269,35 +268,3 @@ def load(folder: Path) -> dict | None:
 def described(record: dict) -> dict:
     """Parameters of a run, and what it was made from."""
     return record["parameters"] | record.get("made_from", {})
-
-
-def results_root() -> Path:
-    """Where published runs are: ``$OPENTRANS_RESULTS``, else the project's ``results``."""
-    return at_home(os.environ.get("OPENTRANS_RESULTS") or PROJECT / "results")
-
-
-def records(notebook: str | None = None) -> list[tuple[Path, dict]]:
-    """Folder and record of every finished run, by notebook name and then by time.
-
-    Published runs count, too; of several with the same parameters, the own run or the newest.
-    """
-    pattern, found = f"{glob.escape(notebook or '') or '[!.]*'}/[!.]*/metrics.json", {}
-    for root in (*sorted(results_root().glob("[!.]*")), runs_root()):
-        for path in root.glob(pattern):
-            if record := load(path.parent):
-                key = (record["notebook"], record["key"])
-                old = found.get(key)
-                if root == runs_root() or not old or old[1]["created"] < record["created"]:
-                    found[key] = (path.parent, record)
-    return sorted(found.values(), key=lambda r: (r[1]["notebook"], r[1]["created"], r[1]["key"]))
-
-
-def collect(notebook: str | None = None) -> pd.DataFrame:
-    """All finished runs, one a row: ``notebook, key, seed, device, wall_s, revision, created,
-    folder`` and one column for each ``parameters.<name>`` and ``metrics.<name>`` (nested names
-    joined by dots). Empty, with ``notebook`` and ``key``, where nothing has run."""
-    rows = [{**record, "folder": str(folder)} for folder, record in records(notebook)]
-    if not rows:
-        return pd.DataFrame(columns=["notebook", "key", "folder"])
-    frame = pd.json_normalize(rows)
-    return frame[[c for c in frame if c != "status" and not c.startswith("versions.")]]

@@ -15,7 +15,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from ..files import href
-from ..records import paper
+from ..records import paper, run_name
 from .tables import HEADS_LEFT, half_width, main_setting
 
 OURS = {"dense": "dense", "random": "random_layerwise", "ours": "ours"}  # Table 1's rows as ours
@@ -189,7 +189,7 @@ def _link(folder: str, text: str) -> str:
         return text
     path = Path(folder)
     page = path / ("report.html" if (path / "report.html").is_file() else "metrics.json")
-    run = href(f"{path.parent.name}/{path.name}")
+    run = href(run_name(path))
     return f'<a data-run="{run}" href="{href(os.path.relpath(page))}">{escape(text)}</a>'
 
 
@@ -203,5 +203,4 @@ def as_csv(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _names(runs: dict[int, str]) -> str:
-    named = (Path(folder) for folder in runs.values() if folder)
-    return " ".join(f"{path.parent.name}/{path.name}" for path in named)
+    return " ".join(run_name(Path(folder)) for folder in runs.values() if folder)

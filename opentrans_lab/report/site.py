@@ -15,7 +15,16 @@ from pandas.errors import EmptyDataError
 
 from ..errors import LabError
 from ..files import at_home, href, shipped, writable_folder
-from ..records import defaults, put, read_table, records, revision, runs_root, writable_runs
+from ..records import (
+    defaults,
+    put,
+    read_table,
+    records,
+    revision,
+    run_name,
+    runs_root,
+    writable_runs,
+)
 from .page import (
     BACK,
     TO_NOTEBOOK,
@@ -64,7 +73,7 @@ def _write(site: Path) -> None:
     failed = [_failed(p) for p in sorted(runs_root().glob("[!.]*/[!.]*/failed.ipynb"))]
     names = {record["notebook"] for _, record in found} | {f["notebook"] for f in failed}
     pages = {
-        _name(record): f"{_name(record)}/index.html" if (folder / "report.html").is_file()
+        href(run_name(folder)): f"{_name(record)}/index.html" if (folder / "report.html").is_file()
         else f"index.html#{_name(record)}"
         for folder, record in found
     }  # fmt: skip

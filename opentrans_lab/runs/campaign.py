@@ -8,16 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import FileLock
-
 from ..checks import Duration, Positive, checked
-from ..files import atomic_path, looking_once, writable_folder
+from ..files import looking_once, writable_folder
 from ..records import described, identity, load, records, results_root
 from ..report import build_report, duration, experiment
 from .batch import run_grid, run_notebook
 from .grids import Job, find_notebook, load_grid
 from .job import RunResult
 from .plan import past_speed, plan
+from .published import INDEX, places, publish
 
 TABLES = "05_paper_tables"
 
@@ -82,48 +81,9 @@ def campaign(
     jobs = load_grid(grid)
     print(outlook(jobs))
     done = run_grid(missing_first(jobs), False, minutes, workers, scheduler)
+    if folders := publish(places(jobs)):
+        print(f"published: {len(folders)} runs, listed in {results_root() / INDEX}")
     # It reads the other runs, so what it said before is out of date.
     done.append(run_notebook(find_notebook(TABLES, grid), force=True))
-    if folders := publish([r.folder for r in done if r.status in ("ok", "finished before")]):
-        print("published: " + ", ".join(map(str, folders)))
     print(outlook(jobs))
     return done, build_report()
-
-
-def publish(folders: list[Path]) -> list[Path]:
-    """Copy what finished runs measured (no notebooks, no weights) to ``results/<revision>/``.
-
-    The revision is the one that a run was made at. These folders are small and meant to be
-    committed: ``results.records`` reads them beside the runs. Returns them. A run that another
-    runner makes anew just now is left out, and what is published of it stays.
-    """
-    if not folders:
-        return []
-    targets = {}
-    with FileLock(results_root() / ".lock"):  # several campaigns may end at the same time
-        for folder in folders:
-            record, files = load(folder), _measured(folder)
-            if None in (record, files) or load(folder) != record:  # else all is of one run
-                continue
-            target = results_root() / record["revision"]
-            targets[target] = None
-            place = target / folder.parent.name / folder.name
-            (place / "metrics.json").unlink(missing_ok=True)  # what makes a run comes last
-            for stale in [path for path in place.glob("*") if path.name not in files]:
-                stale.unlink()
-            for name in sorted(files, key=lambda name: name == "metrics.json"):
-                with atomic_path(place / name) as copy:
-                    copy.write_bytes(files[name])
-    return list(targets)
-
-
-def _measured(folder: Path) -> dict[str, bytes] | None:
-    """A run's numbers, tables and figures by file name; None if one of them vanishes meanwhile."""
-    try:
-        return {
-            path.name: path.read_bytes()
-            for path in folder.glob("[!.]*")
-            if path.suffix in (".json", ".csv", ".png")
-        }
-    except FileNotFoundError:
-        return None

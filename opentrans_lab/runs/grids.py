@@ -25,6 +25,8 @@ class Job(NamedTuple):
     parameters: dict
     after_all: bool = False
     """It reads the runs before it, so it starts when these have ended."""
+    table: str = ""
+    """The grid that lists it; empty where that is a collection of grids, or none."""
 
     @property
     def full(self) -> dict:
@@ -85,6 +87,8 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
             f"{path}: `runs` must be a list, `defaults` a mapping of names to values, and "
             "`outermost` one name"
         )
+    collection = any(isinstance(e, dict) and e.keys() == OTHER_GRID for e in grid["runs"])
+    table = "" if collection else path.stem
     jobs, used = [], set()
     for entry in grid["runs"]:
         entry = {"notebook": entry} if isinstance(entry, str) else entry
@@ -113,7 +117,7 @@ def load_grid(path: Path | str, within: tuple[str, ...] = ()) -> list[Job]:
         lists = [v if isinstance(v, list) else [v] for v in given.values()]
         for values in itertools.product(*lists):
             given_here = given_in_types(notebook, dict(zip(given, values, strict=True)))
-            jobs.append(Job(notebook, given_here, last))
+            jobs.append(Job(notebook, given_here, last, table))
     if unused := shared.keys() - used:
         raise LabError(
             f"{path}: no notebook that it names has the parameters {', '.join(sorted(unused))}; "
