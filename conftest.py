@@ -43,8 +43,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 PARAMETERS = 'seed = 0\nscale = 1.0\nname = "a"\nfast = False\ndataset = "scenes"'
-SETUP = """from opentrans_lab.records import Run
-params = dict(seed=seed, scale=scale, name=name, fast=fast, dataset=dataset)
+SETUP = """from opentrans_lab.records import Run, parameters
+params = parameters()
 run = Run("{stem}", params)"""
 
 

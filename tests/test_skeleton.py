@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
+from dataclasses import fields
 from graphlib import TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +21,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from opentrans_lab.experiments import Lab, Recipe
+from opentrans_lab.pruning import PruneConfig
 from opentrans_lab.runs.grids import defaults, load_grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,25 +82,39 @@ def test_notebook_opens_with_a_title_and_runs_on_python3(path):
 
 
 @each_notebook
-def test_params_name_every_parameter_of_the_tagged_cell(path):
-    cells = code_cells(path, "parameters")
-    if path.stem == "00_index" and not cells:
-        return
-    assert len(cells) == 1
+def test_a_notebook_reads_all_its_parameters_by_one_line(path):
     known = defaults(path)  # literals only, or it raises
     assert known and all(isinstance(v, (bool, int, float, str)) for v in known.values())
     tree = code(path)
-    given = {
-        keyword.arg
+    given = [
+        ast.unparse(node.value)
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "params"
-        for keyword in node.value.keywords
-    }
-    assert given == set(known)
+    ]
+    assert given == ["parameters()"] and len(calls(tree, "parameters")) == 1
     (run,) = calls(tree, "Run")
     assert ast.unparse(run) == f"Run('{path.stem}', params)"
     assert len(calls(tree, "run.save")) == 1
     assert any(isinstance(n, ast.Assert) for n in ast.walk(tree))
+
+
+@each_notebook
+def test_every_parameter_is_explained_and_read_and_stays(path):
+    (cell,) = code_cells(path, "parameters")
+    tree, known = code(path), defaults(path)
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    assert Counter(n.id for n in names if isinstance(n.ctx, ast.Store) and n.id in known) == (
+        Counter(known.keys())
+    ), "only its cell sets a parameter, so that other cells can run again"
+    read = {n.id for n in names if isinstance(n.ctx, ast.Load)}
+    for kind in (Lab, PruneConfig, Recipe):
+        if calls(tree, f"{kind.__name__}.of"):
+            assert set(kind.NEEDS) <= known.keys()
+            own = {f.name for f in fields(kind)} - {n.removeprefix(kind.PREFIX) for n in kind.NEEDS}
+            read |= own | set(kind.NEEDS)
+    explained = re.findall(r"(?m)^(?:# .*\n\w+ = |(\w+) = .*  # )", cell.source)
+    assert len(explained) == len(known)
+    assert known.keys() - read <= {"data_root"}, "05 has it for the grids that set it for all"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks/grids").glob("*.yaml")), ids=str)

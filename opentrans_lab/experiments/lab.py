@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from filelock import FileLock, Timeout
 
@@ -21,12 +21,22 @@ from ..data import load_dataset
 from ..errors import OutOfTime, deadline
 from ..files import atomic_path, entries
 from ..pruning import TARGETS, Teacher
-from ..records import absolute, data_files, run_key, runs_root, weights, writable_runs
+from ..records import (
+    OfParameters,
+    absolute,
+    data_files,
+    run_key,
+    runs_root,
+    weights,
+    writable_runs,
+)
 
 
 @dataclass(frozen=True)
-class Lab:
+class Lab(OfParameters):
     """What every experiment runs on: the CLIP, the data, the picture size."""
+
+    NEEDS: ClassVar = ("backbone", "checkpoint", "dataset", "data_root", "size", "device")
 
     backbone: str = "mini"
     checkpoint: str = ""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from ..files import atomic_path
 from ..finetuning import SELECTIONS, STAGES, freeze, hold_norms, select_layers, unfreeze
 from ..heads import FRAMEWORKS, PRESETS, build
 from ..pruning import ROWS, PruneConfig, recalibrate
-from ..records import save_table
+from ..records import OfParameters, save_table
 from ..train import TrainConfig, fit, together, wait
 from .lab import Lab
 from .starts import row_start, save_weights
@@ -33,8 +33,10 @@ NORMS = ("train", "eval", "recalibrated")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(OfParameters):
     """One fine-tuning of one framework."""
+
+    NEEDS: ClassVar = ("preset", "steps", "batch_size", "lr", "backbone_lr", "eval_images", "seed")
 
     framework: Annotated[str, FRAMEWORKS] = "deeplabv3"
     preset: Annotated[str, PRESETS] = "mini"

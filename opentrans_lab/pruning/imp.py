@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import pandas as pd
 import torch
@@ -27,7 +27,7 @@ from ..clip import Backbone, first_names
 from ..errors import LabError
 from ..files import atomic_path, writable_folder
 from ..masks import Mask, prunable
-from ..records import read_table, revision, save_table
+from ..records import OfParameters, read_table, revision, save_table
 from ..train import Chance, TrainConfig, fit
 from .losses import KD_TERMS, MEANS, cap_regions, class_loss, kd_loss, pool_regions, region_images
 from .teacher import Teacher
@@ -36,8 +36,11 @@ TERMS = (*KD_TERMS, "class")
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class PruneConfig(OfParameters):
     """Algorithm 1's parameters; the defaults are the paper's."""
+
+    PREFIX: ClassVar = "prune_"
+    NEEDS: ClassVar = ("density", "p", "prune_steps", "prune_batch_size", "prune_lr", "seed")
 
     density: Part = 0.1
     """Fraction of weights to keep in the end (the paper's s)."""

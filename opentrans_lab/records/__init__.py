@@ -3,6 +3,7 @@
 from .found import collect, published, quoted, records, results_root, run_name
 from .notebook import SWITCHES, code, defaults, given_in_types, place, read_notebook
 from .paper import paper, paper_wide
+from .parameters import OfParameters, parameters
 from .results import (
     ASIDE,
     PROJECT,
@@ -25,6 +26,7 @@ from .sources import absolute, data_files, identity, weights
 
 __all__ = [
     "ASIDE",
+    "OfParameters",
     "PROJECT",
     "Run",
     "STAGE",
@@ -40,6 +42,7 @@ __all__ = [
     "load",
     "paper",
     "paper_wide",
+    "parameters",
     "place",
     "plain",
     "published",

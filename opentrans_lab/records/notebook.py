@@ -85,11 +85,11 @@ def _defaults(path: Path, changed: int) -> dict:
         )
     found: dict = {}
     for at, cell in tagged:
-        found |= _assigned(cell.source, f"{path}, cell {at}")
+        found |= assigned(cell.source, f"{path}, cell {at}")
     return found
 
 
-def _assigned(source: str, where: str) -> dict:
+def assigned(source: str, where: str) -> dict:
     """What the plain assignments of a cell say; imports, magics and the like are no parameters."""
     try:
         body = ast.parse(TransformerManager().transform_cell(source)).body

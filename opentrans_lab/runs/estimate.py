@@ -5,7 +5,7 @@ Nothing runs: networks have shapes only (``counter``).
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -109,16 +109,17 @@ def work_of(job: Job) -> list[Work]:
     Raises:
         LabError: unknown parameter or impossible value, as the notebook itself would say.
     """
-    params = job.full
-    lab = _made(Lab, params)
-    own = {"steps": "prune_steps", "batch_size": "prune_batch_size", "lr": "prune_lr"}
-    config = _made(PruneConfig, params | {k: params.get(v) for k, v in own.items()})
+    params, prunes = job.full, job.notebook.stem == "02_prune_imp"
+    recipes = list(_recipes(job.notebook.stem, params))
+    if not recipes and not prunes:
+        return []
+    lab, config = Lab.of(params), PruneConfig.of(params)
     found = []
-    if job.notebook.stem == "02_prune_imp":
+    if prunes:
         found.append(_prune(lab, config))
         if params["other_seed"] >= 0:
             found.append(_prune(lab, replace(config, seed=params["other_seed"])))
-    for recipe in _recipes(job.notebook.stem, params):
+    for recipe in recipes:
         if recipe.row != "dense":
             found.append(_prune(lab, config))
         if recipe.row in TRAINED and recipe.row != "ours":
@@ -130,12 +131,6 @@ def work_of(job: Job) -> list[Work]:
     return found
 
 
-def _made(kind: type, params: dict):
-    """``kind`` from the parameters that are named as its fields."""
-    names = {f.name for f in fields(kind)} & params.keys()
-    return kind(**{name: params[name] for name in names if params[name] is not None})
-
-
 def _prune(lab: Lab, config: PruneConfig) -> Work:
     return Work("prune", stage_folder("prune", prune_params(lab, config)), lab, config)
 
@@ -145,12 +140,12 @@ def _recipes(notebook: str, params: dict) -> Iterator[Recipe]:
     if "rows" in params:  # 03 and 06
         for framework in (params.get("frameworks") or params["framework"]).split():
             for row in params["rows"].split():
-                yield replace(_made(Recipe, params | {"framework": framework}), row=row)
+                yield Recipe.of(params, framework=framework, row=row)
     elif "regimes" in params:  # 04
         changes = {"plenty": {}, "few": {"images": params["few"]}, "pruned": {"row": "ours"}}
         for regime in params["regimes"].split():
             for select in params["selects"].split():
-                yield replace(_made(Recipe, params), select=select, **changes[regime])
+                yield Recipe.of(params, select=select, **changes[regime])
 
 
 def step_macs(work: Work) -> float:
