@@ -159,7 +159,7 @@ def _wrong_record(notebook: Path, record: dict, params: dict, folder: Path) -> s
         return f"{notebook.name}: files that it is made from changed while it ran; run it again"
     return (
         f"{notebook.name}: Run(…, params) must name every parameter of the parameters cell with its"
-        f" value and nothing else; it differs in: {', '.join(names)}"
+        f" value and nothing else, as parameters() does; it differs in: {', '.join(names)}"
     )
 
 
