@@ -48,11 +48,12 @@ mini-clip: env  ## train the mini CLIP from scratch (about 20 minutes on two cor
 campaign: env  ## run the large grids for MINUTES minutes (MINUTES=60), going on where it stopped
 	$(BIN)/opentrans-lab campaign --minutes $(MINUTES)
 
-bench: env  ## time alpha, masks and counting against other libraries, steps with frozen layers and L_KD
+bench: env  ## time alpha, masks, counting, steps, L_KD and mask heads against other libraries and ways
 	$(BIN)/python tests/bench_alpha.py
 	$(BIN)/python tests/bench_masks.py
 	$(BIN)/python tests/bench_evaluate.py
 	$(BIN)/python tests/bench_steps.py --out runs/bench/steps.csv
+	$(BIN)/python tests/bench_heads.py --out runs/bench/heads.csv
 
 overfit: env  ## let each framework learn 8 photographs: make overfit COCO=/data/coco (30 minutes)
 	$(BIN)/python tests/overfit_coco.py $(COCO) runs/overfit

@@ -174,7 +174,7 @@ def test_a_vocabulary_that_is_none_is_refused(model, names, sentence):
 def test_unknown_words_are_refused():
     with pytest.raises(LabError, match="'unet'.*deeplabv3"):
         build("unet", load_backbone("mini", device="cpu"))
-    with pytest.raises(LabError, match="preset 'huge'"):
+    with pytest.raises(LabError, match="preset='huge'"):
         build("deeplabv3", load_backbone("mini", device="cpu"), "huge")
 
 

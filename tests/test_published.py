@@ -110,6 +110,16 @@ def test_the_index_lists_every_published_run(committed):
             assert "mini lab" in line and re.search(r"\| \w{7}(-dirty)? \|", line), line
 
 
+def test_the_index_takes_whatever_a_notebook_saves(runs, revision):
+    for seed, metrics in enumerate(({"miou": {"a": 3}}, {"miou": {"a": {"seen": None}}}, {})):
+        run = Run("my own", {"seed": seed, "words": f"grass|meadow {seed}"})
+        run.save(metrics)
+        publish({run.dir: Path(f"mine/clip/seed-{seed}")})
+    lines = [x for x in published_page().splitlines() if x.startswith("|")]
+    assert len(lines) == 5 and len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert "| a – / – |" in lines[3] and r"grass\|meadow 2" in lines[4]
+
+
 def test_what_is_published_is_of_the_campaigns_tables(committed):
     tables = {job.table or job.notebook.stem for job in load_grid(GRIDS / "campaign.yaml")}
     for folder, record in records():

@@ -65,15 +65,16 @@ def _length(params: dict) -> str:
 def _says(metrics: dict) -> str:
     """Accuracy of every row; where there is none, the numbers that are no times."""
     scores = metrics.get("miou")
-    if isinstance(scores, dict):
+    if isinstance(scores, dict) and all(isinstance(of, dict) for of in scores.values()):
         return "; ".join(f"{row} {_score(of)}" for row, of in scores.items())
     numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
     return "; ".join(f"{k} {number(v)}" for k, v in numbers.items() if not k.endswith("seconds"))
 
 
 def _score(of: dict) -> str:
-    return " / ".join("–" if of[k] is None else f"{of[k]:.1f}" for k in ("seen", "unseen"))
+    points = (of.get("seen"), of.get("unseen"))
+    return " / ".join("–" if value is None else f"{value:.1f}" for value in points)
 
 
 def _line(cells: Iterable[object]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+    return "| " + " | ".join(str(cell).replace("|", r"\|") for cell in cells) + " |"
