@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -30,21 +31,29 @@ asked = pytest.mark.parametrize("kind", [Lab, PruneConfig, Recipe])
 class Kernel:
     """A real shell: ``run(cell, …)`` gives what ``found`` is in the end, or raises its error."""
 
-    def __init__(self):
+    def __init__(self, history: bool = True):
         InteractiveShell.clear_instance()
+        linecache.clearcache()
+        self.history = history
         config = Config({"HistoryManager": {"enabled": False}})  # on disk
         module = ModuleType("notebook")  # not in the place of pytest's own __main__
         self.shell = InteractiveShell.instance(config=config, user_module=module)
 
     def run(self, *cells: str):
         for cell in cells:
-            self.shell.run_cell(cell, store_history=True, silent=False).raise_error()
+            self.shell.run_cell(cell, store_history=self.history).raise_error()
         return self.shell.user_ns.get("found")
 
 
 @pytest.fixture
 def kernel():
-    yield Kernel()
+    return Kernel()
+
+
+@pytest.fixture(autouse=True)
+def left():
+    """Other tests of this process are in no notebook."""
+    yield
     InteractiveShell.clear_instance()
 
 
@@ -53,6 +62,14 @@ def test_values_are_those_of_now(kernel):
     assert kernel.run("seed = 1", SETUP) == KNOWN | {"seed": 1}, "a value that is tried"
     assert kernel.run("lr = 2 * lr", SETUP) == KNOWN | {"seed": 1, "lr": 2e-3}
     assert kernel.run(CELL, SETUP) == KNOWN, "the cell again"
+
+
+def test_nbval_keeps_no_history():
+    kernel = Kernel(history=False)
+    assert kernel.run(CELL, injected({"seed": 3}), SETUP) == KNOWN | {"seed": 3}
+    assert kernel.run("label = 'a'", SETUP) == KNOWN | {"seed": 3}
+    with pytest.raises(LabError, match="no 'sed'; did you mean 'seed'"):
+        kernel.run(injected({"sed": 4}), SETUP)
 
 
 def test_a_cell_that_was_edited_counts_as_it_is(kernel):

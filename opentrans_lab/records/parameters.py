@@ -7,12 +7,11 @@
     lab, pruning, recipe = Lab.of(params), PruneConfig.of(params), Recipe.of(params)
 """
 
-from __future__ import annotations
-
+import linecache
 from dataclasses import fields
 from typing import ClassVar, Self
 
-from IPython import get_ipython
+from IPython import InteractiveShell, get_ipython
 
 from ..checks import choices
 from ..errors import LabError
@@ -37,7 +36,7 @@ def parameters() -> dict:
     if shell is None:
         raise LabError("parameters() reads a notebook's cells; elsewhere, write them as a dict")
     known, injected = {}, {}
-    for code in shell.history_manager.input_hist_parsed:
+    for code in _ran(shell):
         names = _literals(code)
         if code.startswith(HEAD):
             injected |= names
@@ -57,6 +56,14 @@ def parameters() -> dict:
     for name in known.keys() - shell.user_ns.keys():
         raise LabError(f"parameter {name!r} has been deleted; run the parameters cell again")
     return {name: shell.user_ns[name] for name in known}
+
+
+def _ran(shell: InteractiveShell) -> list[str]:
+    """The cells in the order in which they ran; nbval keeps them out of the history, and then
+    each counts once, as tracebacks know them."""
+    told = shell.history_manager.input_hist_parsed[1:]  # the first is always empty
+    names = [name for name in linecache.cache if shell.compile.format_code_name(name)]
+    return told or ["".join(linecache.getlines(name)) for name in names]
 
 
 def _literals(code: str) -> dict:
