@@ -18,7 +18,6 @@ from ..errors import LabError
 from .notebook import assigned
 
 HEAD = "# Parameters\n"  # begins the cell that papermill injects
-PLAIN = (bool, int, float, str, type(None))  # what a parameters cell holds
 
 
 def parameters() -> dict:
@@ -42,10 +41,6 @@ def parameters() -> dict:
             injected |= names
         elif len(names) > len(known) or 2 * len(names.keys() & known.keys()) > len(known):
             known, injected = names, {}
-    if not any(shell.history_manager.input_hist_parsed):  # nbval keeps none; all else comes later
-        own = shell.user_ns.keys() - shell.user_ns_hidden.keys()
-        mine = {name: shell.user_ns[name] for name in shell.user_ns if name in own}
-        known = {n: v for n, v in mine.items() if n[0] != "_" and type(v) in PLAIN}
     if not known:
         raise LabError(
             "no parameters cell has run in this kernel; run it first (one that begins with "
