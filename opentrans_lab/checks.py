@@ -72,7 +72,7 @@ def checked(function: Callable) -> Callable:
 
 def choose(name: str, value: str, valid: Collection[str]) -> str:
     """``value`` if it is one of ``valid``, else a LabError that lists them."""
-    if value not in valid:
+    if value not in tuple(valid):  # a list given is no key of a dict, but it can be compared
         raise LabError(f"unknown {name}={value!r}; use one of {', '.join(valid)}")
     return value
 
@@ -107,6 +107,8 @@ def _hold(name: str, value: object, hint: object) -> None:
     elif origin in (Sequence, Iterable, tuple) and args[0] is str:
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise LabError(f"{name}={value!r} must be a list of texts; write [{value!r}]")
+        if isinstance(value, Sequence) and not all(isinstance(each, str) for each in value):
+            raise LabError(f"{name}={value!r} must hold texts only; quote them")
     elif origin is Mapping and isinstance(value, Mapping):
         for key, each in value.items():
             _hold(f"{name}[{key!r}]", each, args[1])

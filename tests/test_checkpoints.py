@@ -291,3 +291,18 @@ def test_layers_of_a_checkpoint_and_of_a_compiled_model_have_their_own_names():
     checkpoint = {"epoch": 3, "model": torch.compile(model).state_dict()}
     for source in (torch.compile(model), inner, inner.state_dict(), checkpoint):
         assert layer_alphas(source).equals(expected)
+
+
+def test_a_moving_average_comes_last_under_a_prefix_and_beside_pruned_weights(tmp_path):
+    path, plain = tmp_path / "x.pt", {"visual.conv1.weight": torch.ones(3, 3)}
+    average = {key: tensor + 8 for key, tensor in plain.items()}
+    torch.save({"ema": average, "state_dict": {f"module.{k}": v for k, v in plain.items()}}, path)
+    for prefix in ("visual.", "visual"):
+        with pytest.warns(UserWarning, match="'ema.'"):
+            assert read_state_dict(path, prefix)["conv1.weight"].max() == 1
+    pruned = {"visual.conv1.weight_orig": torch.ones(3, 3)}
+    pruned["visual.conv1.weight_mask"] = torch.eye(3)
+    torch.save({"model": pruned, "model_ema": average}, path)
+    with pytest.warns(UserWarning, match="'model_ema.'"):
+        found = read_state_dict(path, names=["visual.conv1.weight"])
+    assert found["visual.conv1.weight"].equal(torch.eye(3))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opentrans_lab.alpha.alphas import layer_alphas, layer_spectra, sensitivity
-from opentrans_lab.checks import Part, Positive, Rate, Seed, Share, checked
+from opentrans_lab.checks import Part, Positive, Rate, Seed, Share, checked, choose
 from opentrans_lab.cli import main
 from opentrans_lab.costs import step_costs
 from opentrans_lab.data import load_dataset
@@ -190,3 +190,10 @@ def test_the_command_line_refuses_the_same_in_one_line(args, sentence, capsys, r
     told = capsys.readouterr()
     assert ended.value.code == 2 and sentence in told.err and told.out == ""
     assert len(told.err.splitlines()) == 1 and not runs.exists()
+
+
+def test_lists_where_a_word_or_texts_are_meant():
+    with pytest.raises(LabError, match=r"exclude=\[1\] must hold texts only"):
+        layer_alphas({"a.weight": torch.randn(30, 30)}, exclude=[1])
+    with pytest.raises(LabError, match=r"unknown framework=\['han'\]"):
+        choose("framework", ["han"], {"han": None})

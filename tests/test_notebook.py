@@ -255,3 +255,9 @@ def test_an_exit_at_the_very_end_is_one(runs, folder, write_notebook):
     assert result.status == "ok" and load(result.folder)["metrics"] == {"value": 1}
     path = write_notebook(folder / "09_lost.ipynb", "exit()\nrun.save({'value': 1})")
     assert run_notebook(path).status == "failed"
+
+
+def test_metadata_that_is_null_or_one_text_is_read(folder):
+    null = {"kernelspec": None, "language_info": None}
+    path = raw(folder, ("parameters", "seed = 3"), metadata=null)
+    assert defaults(path) == {"seed": 3}

@@ -291,3 +291,25 @@ def test_pictures_are_found_by_long_lists_and_below_folders_with_brackets(tmp_pa
         path.touch()
     assert find_pictures(f"'{folder}/*.png'") == paths
     assert find_pictures(" ".join(f"'{path}'" for path in paths)) == paths
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "here.csv").symlink_to(tmp_path / "disk" / "there.csv")
+    with atomic_path(tmp_path / "here.csv") as path:
+        path.write_text("new", encoding="utf-8")
+    assert (tmp_path / "here.csv").is_symlink()
+    assert (tmp_path / "disk" / "there.csv").read_text(encoding="utf-8") == "new"
+
+
+def test_a_result_that_its_writer_does_not_take_is_kept_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def save(path):
+        if path.parent == tmp_path / "out":
+            raise ValueError("no such encoder")
+        path.write_text("kept", encoding="utf-8")
+
+    with pytest.raises(LabError, match="no such encoder.*copy that"):
+        keep(tmp_path / "out" / "a.csv", save)
+    assert [p.read_text(encoding="utf-8") for p in tmp_path.glob("*/a.csv")] == ["kept"]

@@ -266,3 +266,14 @@ def test_pictures_that_cannot_be_right_are_refused_by_name(tmp_path):
     for read in (read_picture, read_label):
         with pytest.raises(LabError, match="bomb.png is too large.*reduce or cut it"):
             read(tmp_path / "bomb.png")
+
+
+def test_a_lossy_label_is_refused_whatever_its_name_says(tmp_path):
+    ids = np.zeros((8, 8), np.uint8)
+    ids[:, 4:] = 8
+    Image.fromarray(ids).save(tmp_path / "a.png", format="JPEG")
+    with pytest.raises(LabError, match="a.png is a JPEG, which blurs ids.*PNG"):
+        read_label(tmp_path / "a.png")
+    Image.fromarray(ids).convert("RGB").save(tmp_path / "w.png", format="WEBP", lossless=True)
+    with pytest.raises(LabError, match="w.png is a colour picture"):  # a sound file
+        read_label(tmp_path / "w.png")

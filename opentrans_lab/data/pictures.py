@@ -67,7 +67,8 @@ def read_label(path: Path) -> np.ndarray:
         LabError: not to be decoded, colours, several frames, or partly transparent.
     """
     with _opened(path) as image:
-        args = _single(image, path).tile[0].args
+        tile = _lossless(_single(image, path), path).tile  # some formats have none
+        args = tile[0].args if tile else ""
         stretch = STRETCHED.get(args if isinstance(args, str) else args[0], 1)
         image, _ = _upright(image)
     if image.mode == "LA":
@@ -91,10 +92,16 @@ def read_colours(path: Path) -> np.ndarray:
         LabError: not to be decoded, or no RGB picture.
     """
     with _opened(path) as image:
-        image, _ = _upright(_single(image, path))
+        image, _ = _upright(_lossless(_single(image, path), path))
     if image.mode != "RGB":
         raise LabError(f"{path} has mode {image.mode}; labels of this data set are RGB pictures")
     return np.asarray(image).astype(np.int32)
+
+
+def _lossless(image: Image.Image, path: Path) -> Image.Image:
+    if image.format in ("JPEG", "MPO"):  # whatever its name says
+        raise LabError(f"{path} is a JPEG, which blurs ids into others; save the label as PNG anew")
+    return image
 
 
 def aligned(label: np.ndarray, path: Path, picture: Picture, of: Path) -> np.ndarray:

@@ -80,7 +80,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     Raises:
         LabError: see :func:`writable`.
     """
-    path = writable(path)
+    path = writable(path).resolve()  # a link stays, and what it leads to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     ending = path.name[-40:]  # a name may be as long as the file system takes already
     tmp = path.with_name(f".{os.getpid()}-{time.monotonic_ns()}-{ending}")
@@ -104,11 +104,11 @@ def keep(
     """
     try:
         save(path)
-    except (OSError, LabError) as error:  # OSError: a full disk
+    except Exception as error:  # a full disk, a value that a writer does not take
         try:
             spare = Path(tempfile.mkdtemp(prefix="opentrans-lab-")) / path.name
             (rescue or save)(spare)
-        except OSError as other:
+        except Exception as other:
             raise LabError(f"{path} is not written ({error}), nor is a copy of it ({other}); make "
                            "space and do it again") from error  # fmt: skip
         raise LabError(f"{path} is not written ({error}); {spare} is, so copy that") from error

@@ -90,7 +90,7 @@ def choose(counts: Mapping[str, int], source: object) -> str:
 
 def largest(state: Mapping, source: object, names: Collection[str] = ()) -> dict[str, Tensor]:
     """The tensors of a checkpoint's one part that has most of ``names``, or most matrices."""
-    found = dict(parts(state))
+    found = {above: fold_pruned(part) for above, part in parts(state)}
     if names:
         counts = {p: max(prefixes(part, names).values(), default=0) for p, part in found.items()}
     else:

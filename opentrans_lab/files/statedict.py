@@ -6,6 +6,7 @@ import re
 import warnings
 import zipfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PosixPath
 
@@ -47,13 +48,13 @@ def read_state_dict(
     if not tensors:
         raise LabError(f"{path} holds no state dict; save model.state_dict() instead")
     if prefix:
-        depths = {k[:at]: -k.count(".", 0, at) for k in tensors
-                  if (at := f".{k}".find(f".{prefix}")) >= 0}  # fmt: skip
-        if not depths:
+        prefix = prefix.rstrip(".") + "."
+        counts = Counter(k[:at] for k in tensors if (at := f".{k}".find(f".{prefix}")) >= 0)
+        if not counts:
             raise LabError(
                 f"{path} has no key under {prefix!r}; its first is {next(iter(tensors))!r}"
             )
-        above = choose(depths, path) + prefix
+        above = choose(counts, path) + prefix
         kept = {k.removeprefix(above): v for k, v in tensors.items() if k.startswith(above)}
     else:
         part = largest(state, path, names)

@@ -37,12 +37,14 @@ def read_notebook(path: Path | str) -> NotebookNode:
     except (ValueError, AttributeError, KeyError, TypeError, nbformat.ValidationError) as error:
         why = str(error).splitlines()[0][:200] if path.stat().st_size else "it is empty"
         raise LabError(f"{path} is not a readable notebook ({why}); restore the file") from error
-    kernel, info = (notebook.metadata.get(key, {}) for key in ("kernelspec", "language_info"))
+    about = [notebook.metadata.get(key) for key in ("kernelspec", "language_info")]
+    kernel, info = (found if isinstance(found, dict) else {} for found in about)
     language = kernel.get("language") or info.get("name") or "Python"
-    if "python" not in language.lower():
+    if "python" not in str(language).lower():
         raise LabError(f"{path} is a notebook for {language}; only those for Python can be run")
     for cell in notebook.cells:
-        cell.metadata["tags"] = cell.metadata.get("tags") or []
+        tags = cell.metadata.get("tags") or []
+        cell.metadata["tags"] = [tags] if isinstance(tags, str) else tags
     return notebook
 
 
