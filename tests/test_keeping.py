@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
+from torch.nn.utils import prune
 
 from opentrans_lab.errors import LabError
 from opentrans_lab.masks import Mask, keeping, prunable
@@ -217,3 +218,20 @@ def test_a_cell_that_ends_with_a_mask_at_work_prints_a_line(tower, mask):
     for shown in (mask.apply(model), mask.find(model.state_dict()), mask.keep(model, sgd(model))):
         assert len(repr(shown)) < 100 and "\n" not in repr(shown)
     assert "under 'backbone.'" in repr(mask.apply(model))
+
+
+@pytest.mark.parametrize("change", ["pruned by torch", "gone"])
+def test_a_weight_that_is_no_parameter_any_more_is_told_once_and_let_go(tower, mask, change):
+    mask.apply(tower)
+    mask.keep(tower, sgd(tower))
+    layer = tower.layer1[0].conv1
+    if change == "gone":
+        del layer.weight
+    else:
+        prune.identity(layer, "weight")
+    other = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="weight of a Conv2d is no parameter.*mask.keep anew"):
+        step(other, sgd(other))  # of somebody else, who is not stopped
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(other, sgd(other))

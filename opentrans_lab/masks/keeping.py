@@ -34,7 +34,8 @@ class Kept:
 
     def __call__(self, *_) -> None:
         """The layer was loaded."""
-        if self._weight()[self.pruned].any():
+        weight = self._weight()
+        if weight is not None and weight[self.pruned].any():
             warnings.warn(
                 "load_state_dict brought weights that a mask of mask.keep prunes, so they are 0 "
                 "again; to have them, let the mask go first, with remove() of what keep returned",
@@ -45,16 +46,29 @@ class Kept:
     @torch.no_grad()
     def clear(self) -> None:
         """Set what is pruned to 0, NaN and infinities too, which a product would keep."""
-        self._weight().masked_fill_(self.pruned, 0)
+        weight = self._weight()
+        if weight is not None:
+            weight.masked_fill_(self.pruned, 0)
+            return
+        self.remove()  # once, and not in the step of whoever trains something else
+        warnings.warn(
+            f"{self.leaf} of a {type(self.layer).__name__} is no parameter of the held shape any "
+            "more, so its mask is let go; make it plain again (torch.nn.utils.prune.remove, "
+            "parametrize.remove_parametrizations) and call mask.keep anew",
+            stacklevel=2,
+        )
 
     def remove(self) -> None:
         """Let go."""
         self._handle.remove()
         _HELD.discard(self)
 
-    def _weight(self) -> Tensor:
-        """The layer's weight of today, with the mask where it is and as it lies in memory."""
-        weight = getattr(self.layer, self.leaf)
+    def _weight(self) -> Tensor | None:
+        """The layer's weight of today, with the mask where it is and as it lies in memory; None
+        where that is computed, replaced by one of another shape, or gone."""
+        weight = self.layer._parameters.get(self.leaf)
+        if weight is None or weight.shape != self.pruned.shape:
+            return None
         if (self.pruned.device, self.pruned.stride()) != (weight.device, weight.stride()):
             self.pruned = torch.empty_like(weight, dtype=torch.bool).copy_(self.pruned)
         return weight.detach()
