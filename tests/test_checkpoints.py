@@ -306,3 +306,11 @@ def test_a_moving_average_comes_last_under_a_prefix_and_beside_pruned_weights(tm
     with pytest.warns(UserWarning, match="'model_ema.'"):
         found = read_state_dict(path, names=["visual.conv1.weight"])
     assert found["visual.conv1.weight"].equal(torch.eye(3))
+
+
+def test_parts_beside_the_one_that_is_read_are_named(tmp_path):
+    tower = {"visual.conv1.weight": torch.ones(3, 3), "visual.fc.weight": torch.ones(3, 3)}
+    head = {"conv_seg.weight": torch.ones(2, 3)}
+    torch.save({"backbone": tower, "decode_head": head}, tmp_path / "x.pt")
+    with pytest.warns(UserWarning, match="only 'backbone' is read; decode_head beside it"):
+        assert read_state_dict(tmp_path / "x.pt").keys() == tower.keys()

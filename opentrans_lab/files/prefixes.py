@@ -89,13 +89,31 @@ def choose(counts: Mapping[str, int], source: object) -> str:
 
 
 def largest(state: Mapping, source: object, names: Collection[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's one part that has most of ``names``, or most matrices."""
+    """The tensors of a checkpoint's one part that has most of ``names``, or most matrices.
+
+    A warning names parts beside it that hold weights of other names, which are left out.
+    """
     found = {above: fold_pruned(part) for above, part in parts(state)}
     if names:
         counts = {p: max(prefixes(part, names).values(), default=0) for p, part in found.items()}
     else:
         counts = {p: sum(t.ndim > 1 for t in part.values()) for p, part in found.items()}
-    return found[choose(counts, source)]
+    chosen = choose(counts, source)
+    known = {bare(key).rpartition("module.")[2] for key in found[chosen]}
+    others = [
+        above.rstrip(".") for above, part in found.items()
+        if above != chosen and any(
+            t.ndim > 1 and k.endswith(".weight") and bare(k).rpartition("module.")[2] not in known
+            for k, t in part.items()
+        )
+    ]  # fmt: skip
+    if others:
+        warnings.warn(
+            f"{source}: only {chosen.rstrip('.') or 'its top'!r} is read; {', '.join(others)} "
+            "beside it is left out: save all of it as one state dict to keep it",
+            stacklevel=3,
+        )
+    return found[chosen]
 
 
 def computed(keys: Iterable[str]) -> dict[str, str]:
