@@ -4,8 +4,9 @@
 
 Beside each model stands a copy of it with the same weights whose deformable attention and loss are
 transformers' own, layer by layer: a step of its ``Mask2FormerForUniversalSegmentation`` on the same
-tower. Both take turns. Tests hold that both say the same. Times are the processor's on a CPU, where
-others may work beside, and the clock's on a GPU. Weights of the paper's size are random.
+tower. Both take turns, in the layout that is best for both; tests hold that they say the same.
+Times are the processor's on a CPU, where others may work beside, and the clock's on a GPU. Weights
+of the paper's size are random.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from opentrans_lab.clip import load_backbone
 from opentrans_lab.data import scenes
-from opentrans_lab.device import pick
+from opentrans_lab.device import memory_format, pick
 from opentrans_lab.files import atomic_path
 from opentrans_lab.heads import build
 from opentrans_lab.train import to_device
@@ -94,7 +95,7 @@ def compare(framework: str, preset: str, repeats: int) -> dict:
     models = {"theirs": with_their_parts(model, len(data["names"]) + 1), "ours": model}
     optimizers, taken = {}, {key: [] for key in models}
     for key, one in models.items():
-        one.to(device, memory_format=torch.channels_last).train()
+        one.to(device, memory_format=memory_format(device, size)).train()
         free = [p for p in one.parameters() if p.requires_grad]
         optimizers[key] = torch.optim.AdamW(free, 1e-5, fused=device.type != "mps")
     clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -117,12 +118,14 @@ def compare(framework: str, preset: str, repeats: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--presets", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--frameworks", nargs="+", default=["han", "fcclip"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="also write the table there, as CSV")
     asked = parser.parse_args()
-    frameworks = ("han", "fcclip")
     table = pd.DataFrame(
-        compare(key, preset, asked.repeats) for preset in asked.presets for key in frameworks
+        compare(key, preset, asked.repeats)
+        for preset in asked.presets
+        for key in asked.frameworks
     )
     print(f"\na fine-tuning step against transformers' own parts (aim at paper size: {AIM} times)")
     print(table.to_string(index=False, float_format="%.3g"))

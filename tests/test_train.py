@@ -14,6 +14,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import load_file
 from torch import nn
 
+from opentrans_lab.device import memory_format
 from opentrans_lab.errors import LabError, OutOfTime
 from opentrans_lab.finetuning import freeze
 from opentrans_lab.masks import Mask
@@ -229,3 +230,15 @@ def test_what_is_frozen_on_the_way_has_no_moments_left(tmp_path):
     states = torch.load(left / "optimizer.bin", weights_only=True)["state"]
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert len(states) == len(trainable) == sum(1 for _ in model.parameters()) - len(layers)
+
+
+@pytest.mark.parametrize(("side", "best"), [(0, "channels_last"), (512, "contiguous_format")])
+def test_large_pictures_lie_channels_first_on_a_cpu_without_avx512(side, best, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    model = Model()
+    config = TrainConfig(steps=1, batch_size=4, precision="fp32")
+    fit(model, objective, batches, config, device="cpu", side=side)
+    weight = model.backbone.layer1[0].conv2.weight
+    assert weight.is_contiguous(memory_format=getattr(torch, best))
+    cuda = torch.device("cuda")
+    assert memory_format(cuda, side) == memory_format(cuda, 0) == torch.channels_last

@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm.auto import tqdm
 
 from ..checks import Positive, checked
-from ..device import PRECISIONS, pick, use_bf16
+from ..device import PRECISIONS, memory_format, pick, use_bf16
 from ..finetuning import freeze, unfreeze
 from ..train import Batch, to_device
 from .cost import training_cost
@@ -56,7 +56,8 @@ def step_costs(
         step (NaN where no NVIDIA GPU tells it through nvidia-ml-py).
     """
     device = pick(device)
-    model.to(device, memory_format=torch.channels_last).train()
+    layout = memory_format(device, batch["images"].shape[-1])
+    model.to(device, memory_format=layout).train()
     batch = to_device(batch, device)
     bf16 = use_bf16(precision, device)
     optimizers, taken = {}, {select: [] for select in frozen}

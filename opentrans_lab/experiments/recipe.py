@@ -101,7 +101,7 @@ def fine_tune(lab: Lab, recipe: Recipe, config: PruneConfig, folder: Path) -> di
     done = fit(
         model, objective, lab.batches(recipe.batch_size, recipe.seed, recipe.images or None),
         training, folder / "checkpoints", mask, _freezing(recipe, folder), lab.device,
-        title=f"{recipe.framework}, {recipe.row}, freeze {recipe.select}",
+        title=f"{recipe.framework}, {recipe.row}, freeze {recipe.select}", side=lab.size,
     )  # fmt: skip
     metrics = _evaluate(model, lab, recipe, folder)
     wait()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checks import Count, Factor, Positive, Seed, check
-from ..device import PRECISIONS, pick, seed_everything, use_bf16
+from ..device import PRECISIONS, memory_format, pick, seed_everything, use_bf16
 from ..errors import LabError, OutOfTime, deadline
 from ..files import writable_folder
 from ..masks import Mask
@@ -95,6 +95,7 @@ def fit(
     at: Mapping[int, Callable[[nn.Module], None]] | None = None,
     device: str | torch.device = "auto",
     title: str = "train",
+    side: int = 0,
 ) -> Fit:
     """Train ``model`` in place with AdamW on ``objective(model, batch)["loss"]``.
 
@@ -107,6 +108,7 @@ def fit(
         mask: held after every update.
         at: actions on the model before a step, by step. When resuming past one, it is called
             again before anything is loaded, so an action must be repeatable.
+        side: of the pictures in pixels, where it is known: how maps lie best hangs on it.
 
     Losses also go to TensorBoard, where ``OPENTRANS_TENSORBOARD`` names a folder.
 
@@ -123,7 +125,8 @@ def fit(
         torch.cuda.set_device(where)  # accelerate takes the current one
     AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", 1)) == 1)
     accelerator = Accelerator(cpu=where.type == "cpu")
-    model.to(accelerator.device, memory_format=torch.channels_last).train()
+    layout = memory_format(accelerator.device, side)
+    model.to(accelerator.device, memory_format=layout).train()
     optimizer = _optimizer(model, config, accelerator.device)
     if mask is not None:
         mask.apply(model)
