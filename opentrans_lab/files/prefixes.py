@@ -1,16 +1,20 @@
 """Names of tensors in anybody's model or file: below which prefix, and standing for which weight.
 
 Wrappers put prefixes before names ("module.", "backbone.clip_model.", "ema."). They are found by
-the names that are looked for, and not from a list.
+the names that are looked for, and not from a list. torch is imported where it is needed: commands
+that read no tensors start at once.
 """
+
+from __future__ import annotations
 
 import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WITHIN = re.compile(r"(^|\.)(_orig_mod|_\w+_wrapped_module)(?=\.|$)")
 _PARAMETRISED = re.compile(r"(^|\.)parametrizations\.(\w+)\.original\d*$")
@@ -31,6 +35,8 @@ def parts(state: Mapping, above: str = "") -> Iterator[tuple[str, dict[str, Tens
 
     What lies below a number is left out: that is an optimizer's state.
     """
+    from torch import Tensor
+
     yield above, {bare(str(k)): v for k, v in state.items() if isinstance(v, Tensor)}
     for key, value in state.items():
         if isinstance(value, Mapping) and not isinstance(key, int):
@@ -131,6 +137,8 @@ def computed(keys: Iterable[str]) -> dict[str, str]:
 
 def fold_pruned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """With each ``x_orig`` and ``x_mask`` of torch.nn.utils.prune as the ``x`` that they act as."""
+    import torch
+
     folded = {}
     for key, tensor in tensors.items():
         name = key.removesuffix("_orig")

@@ -1,5 +1,7 @@
 """Tensors out of foreign files, without building a model and without running what is in them."""
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -9,17 +11,18 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ..errors import LabError
 from .outputs import at_home
 from .paths import shards
 from .prefixes import choose, flatten, fold_pruned, largest
+
+if TYPE_CHECKING:  # else torch is imported where it is needed, see ``prefixes``
+    from torch import Tensor
 
 SPARSE = "opentrans-sparse-1"
 _INERT = [  # what training scripts keep beside the weights; none of it runs anything
@@ -110,11 +113,15 @@ def is_jit(path: Path) -> bool:
 
 def pack_bits(mask: Tensor) -> Tensor:
     """A bool tensor as (ceil(n / 8),) uint8, the first of eight in the highest bit."""
+    import torch
+
     return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
 
 
 def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The bool tensor of ``shape`` that :func:`pack_bits` packed."""
+    import torch
+
     if len(packed) != -(-math.prod(shape) // 8):
         raise ValueError(f"{len(packed)} bytes for a shape of {list(shape)}")
     bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
@@ -146,6 +153,8 @@ def _load(path: str | Path, jit: bool) -> Mapping:
 
 
 def _read(path: Path, head: bytes, jit: bool):
+    import torch
+
     if head[8:9] == b"{":
         return _unpack(path)
     if head.startswith(b"{"):
@@ -174,6 +183,9 @@ def _sharded(path: Path) -> dict[str, Tensor]:
 
 def _unpack(path: Path) -> dict[str, Tensor]:
     """A safetensors file, packed or not."""
+    import torch
+    from safetensors.torch import load_file
+
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         meta = file.metadata() or {}
