@@ -25,8 +25,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(folder.cleanup)
 
 
+# Tests that start kernels, commands or processes, train, or build RN50; not in `make check`.
+SLOW = set(
+    """alpha backbone batch beside campaign cli devices fingerprint jupyterlab measure mini_clip
+    names notebook outputs overlays parameters parts plan processes prune published readme report resume
+    skeleton stages teacher train wheel workers""".split()
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker("slow")
         cell = getattr(item, "cell", None)
         if cell is not None and "keep_output" in cell.metadata.get("tags", []):
             # nbval looks only at cells with a count, which nbstripout removes from all of them.

@@ -13,7 +13,6 @@ import pytest
 from test_benchmarks import write as write_benchmark
 from test_data import write_coco
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 USES = """
 from pathlib import Path
