@@ -28,8 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
 # Tests that start kernels, commands or processes, train, or build RN50; not in `make check`.
 SLOW = set(
     """alpha backbone batch beside campaign cli devices fingerprint jupyterlab measure mini_clip
-    names notebook outputs overlays parameters parts plan processes prune published readme report resume
-    skeleton stages teacher train wheel workers""".split()
+    names notebook outputs overlays parameters parts plan processes prune published readme report
+    resume skeleton stages teacher train wheel workers""".split()
 )
 
 
