@@ -271,7 +271,8 @@ def test_no_unseen_pixel_or_region_enters_training(monkeypatch):
     monkeypatch.setattr(tuning, "_evaluate", lambda *_: {})
     pruning = replace(PRUNING, seed=77)
     for row in ("ours", "random_layerwise_kd"):
-        segment_stage(LAB, replace(RECIPE, row=row, seed=77), pruning)
+        endless = replace(LAB, pool=0, targets="fresh")  # every step draws
+        segment_stage(endless, replace(RECIPE, row=row, seed=77), pruning)
     unseen = [i for i, seen in enumerate(scenes.SEEN) if not seen]
     assert len(drawn) == 2 + 2 + 2 * 5  # both stages and both fine-tunings were watched
     for batch in drawn:
