@@ -95,7 +95,7 @@ def choose(counts: Mapping[str, int], source: object) -> str:
 
 
 def largest(state: Mapping, source: object, names: Collection[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's one part that has most of ``names``, or most matrices.
+    """The tensors, as they act, of a checkpoint's part with most ``names``, or most matrices.
 
     A warning names parts beside it that hold weights of other names, which are left out.
     """
@@ -105,11 +105,11 @@ def largest(state: Mapping, source: object, names: Collection[str] = ()) -> dict
     else:
         counts = {p: sum(t.ndim > 1 for t in part.values()) for p, part in found.items()}
     chosen = choose(counts, source)
-    known = {bare(key).rpartition("module.")[2] for key in found[chosen]}
+    known = {key.rpartition("module.")[2] for key in found[chosen]}
     others = [
         above.rstrip(".") for above, part in found.items()
         if above != chosen and any(
-            t.ndim > 1 and k.endswith(".weight") and bare(k).rpartition("module.")[2] not in known
+            t.ndim > 1 and k.endswith(".weight") and k.rpartition("module.")[2] not in known
             for k, t in part.items()
         )
     ]  # fmt: skip

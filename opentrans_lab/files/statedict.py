@@ -59,10 +59,9 @@ def read_state_dict(
             )
         above = choose(counts, path) + prefix
         kept = {k.removeprefix(above): v for k, v in tensors.items() if k.startswith(above)}
-    else:
-        part = largest(state, path, names)
-        kept = {re.sub(r"^(module\.)+", "", key): tensor for key, tensor in part.items()}
-    return fold_pruned(kept)
+        return fold_pruned(kept)
+    part = largest(state, path, names)
+    return {re.sub(r"^(module\.)+", "", key): tensor for key, tensor in part.items()}
 
 
 def read_tensors(path: str | Path, jit: bool = False) -> dict[str, Tensor]:
